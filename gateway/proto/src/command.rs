@@ -1,0 +1,163 @@
+//! What control and workers tell each other.
+//!
+//! Commands describe *state*, not changes: of two commands for one key only the later matters, so a queue of them
+//! coalesces per key, never drops, and is drained before every batch. Events have a quota per kind.
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use zeroize::Zeroizing;
+
+use crate::{
+    addr::TunnelAddrs,
+    ids::{ClientId, ConnectionIndex},
+    portal::messages::Resource,
+};
+
+/// Control tells a worker what is true.
+#[derive(Debug, Clone)]
+pub enum Command {
+    /// Our own tunnel addresses (from `init`).
+    OwnAddrs(TunnelAddrs),
+    /// What a client is; `None` once it has no authorization left.
+    Client {
+        /// Whose state this is: the coalescing key.
+        id: ClientId,
+        /// The state.
+        desired: Option<Arc<ClientState>>,
+    },
+    /// Every server address of every relay in use: only these may send ChannelData.
+    Relays(Arc<[SocketAddr]>),
+    /// One channel of one relay. `(server, number)` is the coalescing key.
+    Channel {
+        /// The relay's address that our requests go to.
+        server: SocketAddr,
+        /// The channel number.
+        number: u16,
+        /// The peer at the far end once the bind is confirmed; `None` when the channel is gone.
+        peer: Option<SocketAddr>,
+    },
+    /// Say goodbye to every client and forget them (graceful shutdown).
+    Shutdown,
+}
+
+/// All that a worker knows of one client.
+#[derive(Debug, Clone)]
+pub struct ClientState {
+    /// The only source addresses the client may use.
+    pub tunnel: TunnelAddrs,
+    /// How to reach it.
+    pub connection: Connection,
+    /// What it may reach, complete.
+    pub resources: Arc<[Resource]>,
+}
+
+/// A client's connection as control wants it to be.
+#[derive(Debug, Clone)]
+pub enum Connection {
+    /// There is none; authorizations are kept for a client that comes back (connections.md section 5.2).
+    Absent,
+    /// A worker that holds another `index` for this client drops that session state and starts afresh.
+    Present(Arc<ConnectionKeys>, Option<Path>),
+}
+
+/// What makes a connection: fixed for its life. A new one gets a new index.
+pub struct ConnectionKeys {
+    /// The upper 24 bits of our WireGuard indices.
+    pub index: ConnectionIndex,
+    /// The client's X25519 public key.
+    pub public_key: [u8; 32],
+    /// The pair's preshared key.
+    pub preshared_key: Zeroizing<[u8; 32]>,
+}
+
+impl std::fmt::Debug for ConnectionKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConnectionKeys").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// The way to a client's nominated candidate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// From our host address; the peer may be a relay candidate of the client.
+    Direct {
+        /// Our address and port.
+        local: SocketAddr,
+        /// The client's (mapped or relayed) address.
+        remote: SocketAddr,
+    },
+    /// ChannelData through our own allocation.
+    Relayed {
+        /// The relay's address.
+        server: SocketAddr,
+        /// The channel bound to the client's address; `None` while control is still binding one.
+        channel: Option<u16>,
+        /// The client's address, as the relay sees it.
+        remote: SocketAddr,
+    },
+}
+
+/// A worker tells control what it saw. Every variant has its own quota.
+#[derive(Debug, Clone)]
+pub enum WorkerEvent {
+    /// A STUN or TURN message.
+    Stun(StunDatagram),
+    /// The first WireGuard session of this connection is confirmed: data flowed under it.
+    Established {
+        /// Whose.
+        id: ClientId,
+        /// Which connection: an event about an older one must be ignored.
+        index: ConnectionIndex,
+    },
+    /// WireGuard gave up: an own initiation unanswered for 20 s, or every session long expired.
+    Expired {
+        /// Whose.
+        id: ClientId,
+        /// Which connection.
+        index: ConnectionIndex,
+    },
+    /// Application data flowed. Sent at once after a quiet time of 5 s or more, then at most every 5 s.
+    Activity {
+        /// Whose.
+        id: ClientId,
+        /// Which connection.
+        index: ConnectionIndex,
+        /// When.
+        at: Instant,
+    },
+    /// The client said goodbye through the tunnel (packets.md section 6.2).
+    Goodbye {
+        /// Whose.
+        id: ClientId,
+        /// Which connection.
+        index: ConnectionIndex,
+    },
+    /// Channels that carried data since the last such event, at most one event a second.
+    ChannelsUsed(Vec<ChannelUse>),
+}
+
+/// Use of one channel since the last report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChannelUse {
+    /// The relay's address.
+    pub server: SocketAddr,
+    /// The channel number.
+    pub number: u16,
+    /// Data came in on it.
+    pub received: bool,
+    /// Data went out on it.
+    pub sent: bool,
+}
+
+/// A STUN message on its way to control.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StunDatagram {
+    /// Our address and port it arrived on.
+    pub local: SocketAddr,
+    /// The sender; for a relayed message the channel's peer.
+    pub from: SocketAddr,
+    /// The relay whose channel carried it; `None` if it came without a ChannelData header.
+    pub via: Option<SocketAddr>,
+    /// The STUN message.
+    pub payload: Vec<u8>,
+}

@@ -1,0 +1,1 @@
+//! Everything that is rare: relays, ICE, authorizations, timers. It hears STUN and TURN only.

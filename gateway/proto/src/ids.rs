@@ -1,0 +1,67 @@
+//! Identifiers are newtypes: two bare UUIDs in one signature are a bug waiting.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+macro_rules! uuid_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub Uuid);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+    };
+}
+
+uuid_id!(
+    /// A client, as the portal names it.
+    ClientId
+);
+uuid_id!(
+    /// A resource, as the portal names it.
+    ResourceId
+);
+uuid_id!(
+    /// A relay, as the portal names it.
+    RelayId
+);
+
+/// The 24-bit index of one connection: the upper bits of every WireGuard index we hand out
+/// (connections.md section 10.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionIndex(u32);
+
+impl ConnectionIndex {
+    /// The largest index.
+    pub const MAX: u32 = (1 << 24) - 1;
+
+    /// `None` unless `index` fits 24 bits.
+    #[must_use]
+    pub fn new(index: u32) -> Option<Self> {
+        (index <= Self::MAX).then_some(Self(index))
+    }
+
+    /// The connection a received WireGuard index (host order) belongs to; the low byte is the session counter.
+    #[must_use]
+    pub fn of_receiver(receiver: u32) -> Self {
+        Self(receiver >> 8)
+    }
+
+    /// The bare 24-bit value.
+    #[must_use]
+    pub fn get(self) -> u32 {
+        self.0
+    }
+}

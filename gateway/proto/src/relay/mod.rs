@@ -1,0 +1,1 @@
+//! The TURN client: allocations and channels (connections.md section 8, relay-dialect.md).

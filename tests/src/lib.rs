@@ -1,0 +1,1 @@
+//! Network-namespace topologies, stand-ins written from the spec, scenarios.
