@@ -31,7 +31,8 @@ pub fn parse(datagram: &[u8]) -> Option<ChannelData<'_>> {
     let (header, payload) = datagram.split_at_checked(HEADER_LEN)?;
     let number = u16::from_be_bytes([header[0], header[1]]);
     let length = u16::from_be_bytes([header[2], header[3]]);
-    (NUMBERS.contains(&number) && usize::from(length) == payload.len()).then_some(ChannelData { number, payload })
+    (NUMBERS.contains(&number) && usize::from(length) == payload.len())
+        .then_some(ChannelData { number, payload })
 }
 
 /// The header in front of `payload_len` bytes.

@@ -11,7 +11,8 @@ pub const TUNNEL_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x2021,
 /// Proxy addresses of DNS resources, IPv4.
 pub const RESOURCE_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(100, 96, 0, 0), 11);
 /// Proxy addresses of DNS resources, IPv6.
-pub const RESOURCE_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0x8000, 0, 0, 0, 0), 107);
+pub const RESOURCE_V6: Ipv6Net =
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0x8000, 0, 0, 0, 0), 107);
 
 /// The largest inner packet, in bytes, and the MTU of the TUN device.
 pub const MAX_INNER: usize = 1280;

@@ -229,4 +229,3 @@ pub struct Relay {
     /// The long-term password.
     pub password: Secret,
 }
-
