@@ -1,2 +1,34 @@
-//! The daemon.
-fn main() {}
+//! `firezone-gateway`: the daemon. This file is its start-up, in order; `runtime` is its life.
+
+mod cli;
+mod health;
+mod identity;
+mod logging;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Parser as _;
+
+use crate::cli::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match start(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            println!("{e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(cli: Cli) -> Result<()> {
+    if !cli.no_check && !identity::has_net_admin() {
+        bail!("missing CAP_NET_ADMIN");
+    }
+    logging::init(cli.log_format)?;
+    let id = identity::gateway_id(cli.firezone_id.as_deref(), &identity::Places::default())?;
+    let _ = (id, identity::name(cli.firezone_name), identity::token(cli.token, None)?, health::serve);
+    Ok(())
+}

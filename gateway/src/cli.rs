@@ -1,0 +1,144 @@
+//! The command line and its environment variables (cli-and-service.md sections 1 and 2).
+//!
+//! Same names, defaults and precedence (argument, then variable, then default) as upstream's gateway, so that an
+//! existing unit file or container definition starts this one unchanged. What is ours is marked so.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Parser, ValueEnum, builder::BoolishValueParser};
+use gateway_proto::portal::messages::Secret;
+use zeroize::Zeroizing;
+
+/// Connects clients to resources: WireGuard over direct UDP or TURN relays, under a portal's authorizations.
+#[derive(Debug, Parser)]
+#[command(name = "firezone-gateway", version, max_term_width = 110)]
+pub struct Cli {
+    /// The gateway's token. Without it, the systemd credential FIREZONE_TOKEN is read.
+    #[arg(env = "FIREZONE_TOKEN", hide_env_values = true, value_parser = secret, help_heading = "Portal")]
+    pub token: Option<Secret>,
+
+    /// Base URL of the portal; http(s) or ws(s).
+    #[arg(
+        short = 'u',
+        long,
+        env = "FIREZONE_API_URL",
+        default_value = "wss://api.firezone.dev",
+        value_name = "URL",
+        help_heading = "Portal"
+    )]
+    pub api_url: String,
+
+    /// Name shown in the portal; the host name if absent.
+    #[arg(short = 'n', long, env = "FIREZONE_NAME", value_name = "NAME", help_heading = "Portal")]
+    pub firezone_name: Option<String>,
+
+    /// Stable identity of this gateway; derived from the machine if absent.
+    #[arg(short = 'i', long, env = "FIREZONE_ID", value_name = "ID", help_heading = "Portal")]
+    pub firezone_id: Option<String>,
+
+    /// PEM file with further root certificates for the portal's TLS; SSL_CERT_FILE is read too.
+    #[arg(long, env = "FIREZONE_CA_FILE", value_name = "FILE", help_heading = "Portal")]
+    pub ca_file: Option<PathBuf>,
+
+    /// Which of the portal's gateway endpoints to use.
+    #[arg(long, env = "FIREZONE_PORTAL_ENDPOINT", value_enum, default_value_t = PortalEndpoint::Auto, value_name = "WHICH", help_heading = "Portal")]
+    pub portal_endpoint: PortalEndpoint,
+
+    /// How long the portal may stay unreachable before the gateway gives up, e.g. 5m, 1h, 30d.
+    #[arg(short = 'm', long, env = "FIREZONE_MAX_PARTITION_TIME", default_value = "24h", value_parser = humantime::parse_duration, value_name = "DURATION", help_heading = "Portal")]
+    pub max_partition_time: Duration,
+
+    /// Let clients reach every port of the gateway's own tunnel address, not only DNS (53535) and ping.
+    #[arg(long, env = "FIREZONE_ALLOW_OWN_IP", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
+    pub allow_own_ip: bool,
+
+    /// Leave net.core.rmem_max and wmem_max as they are.
+    #[arg(long, env = "FIREZONE_NO_INC_BUF", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
+    pub no_inc_buf: bool,
+
+    /// Format of the log on standard output; RUST_LOG filters it.
+    #[arg(long, env = "FIREZONE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Human, value_name = "FORMAT", help_heading = "Observe")]
+    pub log_format: LogFormat,
+
+    /// Where /healthz and /readyz are served.
+    #[arg(
+        long,
+        env = "HEALTH_CHECK_ADDR",
+        default_value = "0.0.0.0:8080",
+        value_name = "ADDR",
+        help_heading = "Observe"
+    )]
+    pub health_check_addr: SocketAddr,
+
+    /// Skip the check for CAP_NET_ADMIN at start.
+    #[arg(long, help_heading = "Other")]
+    pub no_check: bool,
+
+    /// Accepted for compatibility: this gateway never reports to anybody.
+    #[arg(long, env = "FIREZONE_NO_TELEMETRY", value_parser = BoolishValueParser::new(), hide = true)]
+    pub no_telemetry: bool,
+}
+
+/// The portal's two generations of gateway endpoint (portal-protocol.md section 12).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PortalEndpoint {
+    /// v2, and v1 if the portal does not know v2.
+    Auto,
+    /// `/gateway/v2/websocket`.
+    V2,
+    /// `/gateway/websocket`.
+    V1,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One JSON object per line.
+    Json,
+    /// One line of text per event.
+    Human,
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "clap's value parsers are fallible")]
+fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
+    Ok(Secret(Zeroizing::new(text.to_owned())))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn short_flags_of_upstream_are_accepted() {
+        let cli = Cli::parse_from([
+            "firezone-gateway",
+            "-u",
+            "ws://portal:8081",
+            "-n",
+            "gw",
+            "-i",
+            "id",
+            "-m",
+            "5m",
+            "tok",
+        ]);
+        assert_eq!(cli.api_url, "ws://portal:8081");
+        assert_eq!(cli.firezone_name.as_deref(), Some("gw"));
+        assert_eq!(cli.firezone_id.as_deref(), Some("id"));
+        assert_eq!(cli.max_partition_time, Duration::from_secs(300));
+        assert_eq!(cli.token.map(|t| t.0.to_string()).as_deref(), Some("tok"));
+    }
+
+    #[test]
+    fn the_token_never_reaches_debug_output() {
+        let cli = Cli::parse_from(["firezone-gateway", "very-secret"]);
+        assert!(!format!("{cli:?}").contains("very-secret"));
+    }
+}

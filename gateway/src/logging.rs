@@ -1,0 +1,37 @@
+//! The log on standard output (cli-and-service.md section 9).
+
+use std::io::IsTerminal as _;
+
+use anyhow::{Context as _, Result};
+use tracing_subscriber::{
+    EnvFilter, fmt, fmt::time::ChronoUtc, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+};
+
+use crate::cli::LogFormat;
+
+/// Libraries that talk more than they say. boringtun logs ordinary time-outs at WARN and ERROR: we log those
+/// ourselves (design.md section 2.1).
+const QUIET: &str = "boringtun=off,netlink_proto=warn,netlink_packet_route=warn,rustls=warn,\
+                     hickory_proto=info,hickory_resolver=info,tungstenite=info,tokio_tungstenite=info,is=info,\
+                     quinn_udp=info,aya=info,mio=info,hyper=info,hyper_util=info";
+
+/// Installs the subscriber; `RUST_LOG` (default `info`) comes after the built-in directives and so wins.
+///
+/// # Errors
+/// A `RUST_LOG` that does not parse.
+pub fn init(format: LogFormat) -> Result<()> {
+    let rust_log =
+        std::env::var("RUST_LOG").ok().filter(|s| !s.is_empty()).unwrap_or_else(|| "info".to_owned());
+    let filter = EnvFilter::builder().parse(format!("{QUIET},{rust_log}")).with_context(|| {
+        format!("RUST_LOG is not a list of log directives: {rust_log:?}; try RUST_LOG=info")
+    })?;
+    let timer = ChronoUtc::new("%Y-%m-%dT%H:%M:%S%.3fZ".to_owned());
+    let registry = tracing_subscriber::registry().with(filter);
+    match format {
+        LogFormat::Human => {
+            registry.with(fmt::layer().with_timer(timer).with_ansi(std::io::stdout().is_terminal())).init()
+        }
+        LogFormat::Json => registry.with(fmt::layer().json().flatten_event(true).with_timer(timer)).init(),
+    }
+    Ok(())
+}
