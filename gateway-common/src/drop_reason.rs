@@ -30,6 +30,8 @@ drop_reasons! {
     EmptyDatagram => "empty_datagram",
     /// The kernel did not say which address a datagram was sent to.
     NoDestination => "no_destination",
+    /// A datagram longer than any that a client or relay may send us.
+    OversizedDatagram => "oversized_datagram",
     /// First byte of ChannelData, but the length field does not match the datagram.
     MalformedChannelData => "malformed_channel_data",
     /// ChannelData from an address that is no relay of ours.

@@ -1,6 +1,8 @@
 //! `firezone-gateway`: the daemon. This file is its start-up, in order; `runtime` is its life.
 
 mod cli;
+#[allow(dead_code, reason = "main.rs is about to use it")]
+mod data;
 mod health;
 mod identity;
 mod logging;

@@ -1,0 +1,324 @@
+//! The two queues between control and a worker: commands in, events out.
+//!
+//! Commands describe state, so of two with one key only the later is kept, and none is ever dropped. Events have a
+//! quota per kind, so that STUN or junk cannot crowd out what sessions have to say. Neither side ever waits for the
+//! other; both locks are taken once per batch.
+
+use std::{
+    collections::VecDeque,
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use gateway_proto::{Command, WorkerEvent, ids::ClientId};
+use rustc_hash::FxHashMap;
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::sync::Notify;
+
+/// Commands on their way to a worker, at most one per key, in the order of the latest of each key.
+pub struct Commands {
+    pending: Mutex<Pending>,
+    /// Whether `pending` holds anything: lets a busy worker look before every batch without the lock.
+    any: AtomicBool,
+    wake: OwnedFd,
+}
+
+impl Commands {
+    /// An empty queue with its eventfd.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            pending: Mutex::default(),
+            any: AtomicBool::new(false),
+            wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+        })
+    }
+
+    /// Queues `command` in place of an earlier one with its key and wakes the worker. Never blocks, never drops.
+    pub fn send(&self, command: Command) {
+        let mut pending = lock(&self.pending);
+        pending.put(command);
+        let was_any = self.any.swap(true, Ordering::Release);
+        drop(pending);
+        if !was_any {
+            // The counter cannot overflow: it is written once per drain. EAGAIN would mean it is readable anyway.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Moves everything that waits to the end of `into`; a [`Command::Shutdown`] comes last.
+    pub fn drain(&self, into: &mut Vec<Command>) {
+        if !self.any.load(Ordering::Acquire) {
+            return;
+        }
+        let mut pending = lock(&self.pending);
+        self.any.store(false, Ordering::Release);
+        pending.take(into);
+    }
+
+    /// Readable when commands were sent since the last [`Commands::clear_wake`].
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Makes [`Commands::wake_fd`] unreadable; call it before [`Commands::drain`], never between drain and poll.
+    pub fn clear_wake(&self) {
+        // EAGAIN means it was not readable, which is what we want.
+        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+    }
+}
+
+#[derive(Default)]
+struct Pending {
+    order: Vec<Option<Command>>,
+    at: FxHashMap<Key, usize>,
+}
+
+#[derive(PartialEq, Eq, Hash, Clone, Copy)]
+enum Key {
+    OwnAddrs,
+    Client(ClientId),
+    Relays,
+    Channel(SocketAddr, u16),
+    Shutdown,
+}
+
+impl Pending {
+    fn put(&mut self, command: Command) {
+        if self.order.len() >= 64 && self.order.len() >= 2 * self.at.len() {
+            self.compact();
+        }
+        let key = key_of(&command);
+        if let Some(old) = self.at.insert(key, self.order.len()) {
+            self.order[old] = None;
+        }
+        self.order.push(Some(command));
+    }
+
+    /// Forgets the places of replaced commands, so that a stuck worker costs memory per key, not per command.
+    fn compact(&mut self) {
+        self.order.retain(Option::is_some);
+        for (i, command) in self.order.iter().enumerate() {
+            if let Some(command) = command {
+                self.at.insert(key_of(command), i);
+            }
+        }
+    }
+
+    fn take(&mut self, into: &mut Vec<Command>) {
+        self.at.clear();
+        let mut shutdown = None;
+        for command in self.order.drain(..).flatten() {
+            match command {
+                Command::Shutdown => shutdown = Some(command),
+                other => into.push(other),
+            }
+        }
+        into.extend(shutdown);
+    }
+}
+
+fn key_of(command: &Command) -> Key {
+    match command {
+        Command::OwnAddrs(_) => Key::OwnAddrs,
+        Command::Client { id, .. } => Key::Client(*id),
+        Command::Relays(_) => Key::Relays,
+        Command::Channel { server, number, .. } => Key::Channel(*server, *number),
+        Command::Shutdown => Key::Shutdown,
+    }
+}
+
+/// Events on their way to control: in order, with a quota per kind.
+#[derive(Default)]
+pub struct Events {
+    pending: Mutex<Waiting>,
+    notify: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    events: VecDeque<WorkerEvent>,
+    of_kind: [usize; KINDS],
+}
+
+impl Events {
+    /// Queues `events` as far as their quotas go and wakes control. Returns how many found no place.
+    pub fn push(&self, events: impl IntoIterator<Item = WorkerEvent>) -> u64 {
+        let mut events = events.into_iter().peekable();
+        if events.peek().is_none() {
+            return 0;
+        }
+        let mut refused = 0;
+        let mut waiting = lock(&self.pending);
+        for event in events {
+            let (kind, quota) = kind_of(&event);
+            if waiting.of_kind[kind] < quota {
+                waiting.of_kind[kind] += 1;
+                waiting.events.push_back(event);
+            } else {
+                refused += 1;
+            }
+        }
+        drop(waiting);
+        self.notify.notify_one();
+        refused
+    }
+
+    /// Everything that waits.
+    pub fn take(&self) -> Vec<WorkerEvent> {
+        let mut waiting = lock(&self.pending);
+        waiting.of_kind = [0; KINDS];
+        waiting.events.drain(..).collect()
+    }
+
+    /// Wakes whoever waits in [`Events::notified`] without an event (the worker has ended).
+    pub fn wake(&self) {
+        self.notify.notify_one();
+    }
+
+    /// Completes after the next [`Events::push`] or [`Events::wake`], at once if there was one since the last time.
+    pub async fn notified(&self) {
+        self.notify.notified().await;
+    }
+}
+
+const KINDS: usize = 6;
+
+/// The place of an event's kind in the quota table, and how many of it may wait.
+///
+/// Session events are bounded by the number of clients, not by what strangers send: their quota only guards
+/// against our own mistakes. STUN is what anybody may send.
+fn kind_of(event: &WorkerEvent) -> (usize, usize) {
+    match event {
+        WorkerEvent::Stun(_) => (0, 1024),
+        WorkerEvent::Established { .. } => (1, 65_536),
+        WorkerEvent::Expired { .. } => (2, 65_536),
+        WorkerEvent::Activity { .. } => (3, 65_536),
+        WorkerEvent::Goodbye { .. } => (4, 65_536),
+        WorkerEvent::ChannelsUsed(_) => (5, 64),
+    }
+}
+
+/// Nothing is left half-done under these locks, so a panic elsewhere does not make their contents wrong.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+
+    use gateway_proto::{StunDatagram, ids::ConnectionIndex};
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn only_the_latest_command_of_each_key_is_kept_in_the_order_of_sending() {
+        let queue = Commands::new().unwrap();
+        queue.send(channel(1, Some(5)));
+        queue.send(client(1));
+        queue.send(Command::Shutdown);
+        queue.send(channel(1, None));
+        queue.send(client(2));
+        queue.send(client(1));
+        let mut out = Vec::new();
+        queue.drain(&mut out);
+        let got: Vec<String> = out.iter().map(brief).collect();
+        assert_eq!(got, ["channel 1 gone", "client 2", "client 1", "shutdown"]);
+        out.clear();
+        queue.drain(&mut out);
+        assert!(out.is_empty());
+    }
+
+    #[test]
+    fn a_stuck_worker_costs_memory_per_key_only() {
+        let queue = Commands::new().unwrap();
+        for i in 0..100_000u32 {
+            queue.send(client(u128::from(i % 10)));
+        }
+        assert!(lock(&queue.pending).order.len() <= 64);
+        let mut out = Vec::new();
+        queue.drain(&mut out);
+        assert_eq!(
+            out.iter().map(brief).collect::<Vec<_>>(),
+            (0..10).map(|i| format!("client {i}")).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn eventfd_is_readable_exactly_while_commands_wait() {
+        let queue = Commands::new().unwrap();
+        assert!(!readable(&queue));
+        queue.send(client(1));
+        queue.send(client(2));
+        assert!(readable(&queue));
+        queue.clear_wake();
+        queue.drain(&mut Vec::new());
+        assert!(!readable(&queue));
+        queue.send(client(1));
+        assert!(readable(&queue));
+    }
+
+    #[test]
+    fn stun_does_not_crowd_out_session_events() {
+        let queue = Events::default();
+        assert_eq!(queue.push((0..5000).map(|_| stun())), 5000 - 1024);
+        let goodbye = WorkerEvent::Goodbye {
+            id: ClientId(Uuid::nil()),
+            index: ConnectionIndex::new(7).expect("7 fits 24 bits"),
+        };
+        assert_eq!(queue.push([goodbye]), 0);
+        let got = queue.take();
+        assert_eq!(got.len(), 1025);
+        assert!(matches!(got.last(), Some(WorkerEvent::Goodbye { .. })));
+        assert_eq!(queue.push([stun()]), 0, "the quota is free again");
+    }
+
+    #[tokio::test]
+    async fn control_is_woken_by_events_of_another_thread() {
+        let queue = Arc::new(Events::default());
+        let worker = queue.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(20));
+            worker.push([stun()]);
+        });
+        tokio::time::timeout(Duration::from_secs(5), queue.notified()).await.expect("was woken");
+        assert_eq!(queue.take().len(), 1);
+    }
+
+    fn client(n: u128) -> Command {
+        Command::Client { id: ClientId(Uuid::from_u128(n)), desired: None }
+    }
+
+    fn channel(number: u16, peer: Option<u16>) -> Command {
+        let addr = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Command::Channel { server: addr(3478), number, peer: peer.map(addr) }
+    }
+
+    fn stun() -> WorkerEvent {
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        WorkerEvent::Stun(StunDatagram { local: addr, from: addr, via: None, payload: Vec::new() })
+    }
+
+    fn brief(command: &Command) -> String {
+        match command {
+            Command::Client { id, .. } => format!("client {}", id.0.as_u128()),
+            Command::Channel { number, peer, .. } => {
+                format!("channel {number} {}", if peer.is_some() { "bound" } else { "gone" })
+            }
+            Command::Shutdown => "shutdown".into(),
+            other => format!("{other:?}"),
+        }
+    }
+
+    fn readable(queue: &Commands) -> bool {
+        let mut fds =
+            [rustix::event::PollFd::from_borrowed_fd(queue.wake_fd(), rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+    }
+}

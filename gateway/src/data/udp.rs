@@ -1,0 +1,298 @@
+//! The two UDP sockets of the data plane: how they are opened, and batches in (connections.md section 2).
+//!
+//! Everything travels through these: relay control traffic, relayed data, direct data. Batches out are `gso.rs`.
+
+use std::{
+    io::{self, ErrorKind, IoSliceMut},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use anyhow::{Context as _, Result, bail};
+use arrayvec::ArrayVec;
+use gateway_common::{Counters, DropReason};
+use gateway_proto::{Datagram, Ecn, Transmit, addr::MAX_DATAGRAM};
+use nix::{setsockopt_impl, sockopt_impl, sys::socket::setsockopt};
+use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, UdpSocketState};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// What every socket towards the Internet is marked with, so that its packets skip the tunnel's routes.
+pub const MARK: u32 = 0xfd00_2021;
+/// The port both sockets want: 49152 + 3473.
+pub const PORT: u16 = 52_625;
+/// What is asked for as receive buffer, in bytes: 10 ms at 10 Gbit/s, rounded up to a power of two.
+pub const RECV_BUFFER: usize = 16 << 20;
+/// What is asked for as send buffer, in bytes: 1 ms at 10 Gbit/s, rounded up to a power of two.
+pub const SEND_BUFFER: usize = 2 << 20;
+/// Smaller buffers are not asked for.
+const MIN_BUFFER: usize = 64 << 10;
+
+/// Kernel buffer sizes of each socket, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BufferSizes {
+    /// SO_RCVBUF.
+    pub recv: usize,
+    /// SO_SNDBUF.
+    pub send: usize,
+}
+
+impl BufferSizes {
+    /// The defaults, or what FIREZONE_UDP_RECV_BUFFER_SIZE and FIREZONE_UDP_SEND_BUFFER_SIZE say.
+    ///
+    /// # Errors
+    /// A variable that is not a number of bytes.
+    pub fn from_env() -> Result<Self> {
+        Self::from_vars(|name| std::env::var(name).ok())
+    }
+
+    fn from_vars(var: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let size = |name: &str, default: usize| match var(name).filter(|text| !text.is_empty()) {
+            None => Ok(default),
+            Some(text) => match text.trim().parse() {
+                Ok(bytes) => Ok(bytes),
+                Err(_) => bail!("{name} must be a number of bytes, not {text:?}"),
+            },
+        };
+        Ok(Self {
+            recv: size("FIREZONE_UDP_RECV_BUFFER_SIZE", RECV_BUFFER)?,
+            send: size("FIREZONE_UDP_SEND_BUFFER_SIZE", SEND_BUFFER)?,
+        })
+    }
+}
+
+/// The sockets; at least one is there.
+pub struct Sockets {
+    /// 0.0.0.0
+    pub v4: Option<DataSocket>,
+    /// [::], IPv6 only
+    pub v6: Option<DataSocket>,
+}
+
+impl Sockets {
+    /// Opens both families; one may be missing on this machine.
+    ///
+    /// # Errors
+    /// Neither family works, or the mark that keeps our packets out of our own tunnel is refused.
+    pub fn open(sizes: BufferSizes) -> Result<Self> {
+        let v4 = DataSocket::open(Ipv4Addr::UNSPECIFIED.into(), sizes)?;
+        let v6 = DataSocket::open(Ipv6Addr::UNSPECIFIED.into(), sizes)?;
+        match (&v4, &v6) {
+            (Err(v4), Err(v6)) => bail!("No UDP socket could be opened: IPv4: {v4}; IPv6: {v6}"),
+            (Err(e), _) => tracing::info!("Going on without IPv4: {e}"),
+            (_, Err(e)) => tracing::info!("Going on without IPv6: {e}"),
+            _ => {}
+        }
+        Ok(Self { v4: v4.ok(), v6: v6.ok() })
+    }
+
+    /// Further handles of the same sockets, for the control thread's own datagrams.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let clone = |socket: &Option<DataSocket>| socket.as_ref().map(DataSocket::try_clone).transpose();
+        Ok(Self { v4: clone(&self.v4)?, v6: clone(&self.v6)? })
+    }
+
+    /// Sends one datagram of the control plane; STUN and TURN repeat what the kernel refuses.
+    ///
+    /// # Errors
+    /// Why it was not sent, as far as this machine knows.
+    pub fn transmit(&self, transmit: &Transmit) -> io::Result<()> {
+        let socket = if transmit.dst.is_ipv4() { &self.v4 } else { &self.v6 };
+        let socket = socket.as_ref().ok_or(ErrorKind::AddrNotAvailable)?;
+        socket.state.try_send(
+            (&socket.socket).into(),
+            &quinn_udp::Transmit {
+                destination: transmit.dst,
+                ecn: None,
+                contents: &transmit.payload,
+                segment_size: None,
+                src_ip: transmit.src.map(|src| src.ip()),
+            },
+        )
+    }
+}
+
+/// One bound, marked, non-blocking socket.
+pub struct DataSocket {
+    pub(super) socket: UdpSocket,
+    pub(super) state: UdpSocketState,
+    port: u16,
+}
+
+impl DataSocket {
+    /// The outer error ends the gateway; the inner one means that this family is not available.
+    fn open(ip: IpAddr, sizes: BufferSizes) -> Result<io::Result<Self>> {
+        let domain = if ip.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
+            Ok(socket) => socket,
+            Err(e) => return Ok(Err(e)),
+        };
+        socket.set_mark(MARK).context(
+            "Failed to mark a UDP socket (SO_MARK), without which the tunnel would carry its own packets; \
+             run as root or grant CAP_NET_ADMIN",
+        )?;
+        Ok(Self::set_up(socket, ip, sizes))
+    }
+
+    fn set_up(socket: Socket, ip: IpAddr, sizes: BufferSizes) -> io::Result<Self> {
+        if ip.is_ipv6() {
+            socket.set_only_v6(true)?;
+            if let Err(e) = setsockopt(&socket, Ipv6AddrPreferences, &PREFER_PUBLIC) {
+                tracing::debug!("Temporary IPv6 source addresses stay preferred: {e}");
+            }
+        }
+        if socket.bind(&SocketAddr::new(ip, PORT).into()).is_err() {
+            socket.bind(&SocketAddr::new(ip, 0).into())?;
+        }
+        size_buffers(&socket, sizes);
+        let socket = UdpSocket::from(socket);
+        let state = UdpSocketState::new((&socket).into())?;
+        let port = socket.local_addr()?.port();
+        Ok(Self { socket, state, port })
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        let socket = self.socket.try_clone()?;
+        let state = UdpSocketState::new((&socket).into())?;
+        Ok(Self { socket, state, port: self.port })
+    }
+
+    /// The port the kernel gave us.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Takes and clears the pending error, so that poll does not report it for ever.
+    pub fn take_error(&self) -> io::Result<Option<io::Error>> {
+        self.socket.take_error()
+    }
+}
+
+impl AsFd for DataSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+sockopt_impl!(
+    /// RFC 5014; in no crate's list yet.
+    Ipv6AddrPreferences,
+    SetOnly,
+    libc::IPPROTO_IPV6,
+    IPV6_ADDR_PREFERENCES,
+    libc::c_int
+);
+/// include/uapi/linux/in6.h
+const IPV6_ADDR_PREFERENCES: libc::c_int = 72;
+/// IPV6_PREFER_SRC_PUBLIC
+const PREFER_PUBLIC: libc::c_int = 2;
+
+/// Past the sysctl limits if we may; else as much as the kernel accepts.
+fn size_buffers(socket: &Socket, sizes: BufferSizes) {
+    if rustix::net::sockopt::set_socket_recv_buffer_size_force(socket, sizes.recv).is_err() {
+        halve_until_accepted(sizes.recv, |size| socket.set_recv_buffer_size(size));
+    }
+    if rustix::net::sockopt::set_socket_send_buffer_size_force(socket, sizes.send).is_err() {
+        halve_until_accepted(sizes.send, |size| socket.set_send_buffer_size(size));
+    }
+    // The kernel reports twice what it was asked for: it counts its own overhead.
+    let shown = |size: io::Result<usize>| size.map_or(0, |s| s / 2);
+    tracing::debug!(
+        recv = shown(socket.recv_buffer_size()),
+        send = shown(socket.send_buffer_size()),
+        "UDP socket buffers"
+    );
+}
+
+fn halve_until_accepted(mut size: usize, set: impl Fn(usize) -> io::Result<()>) {
+    while set(size).is_err() && size / 2 >= MIN_BUFFER {
+        size /= 2;
+    }
+}
+
+/// Receive buffers for one `recvmmsg`, used by both sockets in turn and made once.
+pub struct Receiver {
+    /// [`BATCH_SIZE`] buffers of [`MESSAGE`] bytes.
+    bytes: Box<[u8]>,
+    meta: [RecvMeta; BATCH_SIZE],
+}
+
+/// A GRO super-datagram is a UDP payload like any other: it never exceeds the 16-bit length field.
+const MESSAGE: usize = 65_536;
+
+impl Receiver {
+    /// With its buffers; pages are touched as traffic needs them.
+    pub fn new() -> Self {
+        Self {
+            bytes: vec![0; MESSAGE * BATCH_SIZE].into_boxed_slice(),
+            meta: std::array::from_fn(|_| RecvMeta::default()),
+        }
+    }
+
+    /// One `recvmmsg`.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing waits.
+    pub fn recv(&mut self, socket: &DataSocket) -> io::Result<Received<'_>> {
+        let mut buffers: ArrayVec<IoSliceMut<'_>, BATCH_SIZE> =
+            self.bytes.chunks_exact_mut(MESSAGE).map(IoSliceMut::new).collect();
+        let messages = socket.state.recv((&socket.socket).into(), &mut buffers, &mut self.meta)?;
+        drop(buffers);
+        Ok(Received { bytes: &self.bytes, meta: &self.meta[..messages], port: socket.port })
+    }
+}
+
+/// What one `recvmmsg` brought.
+pub struct Received<'a> {
+    bytes: &'a [u8],
+    meta: &'a [RecvMeta],
+    port: u16,
+}
+
+impl<'a> Received<'a> {
+    /// Whether the socket may hold more.
+    pub fn is_full(&self) -> bool {
+        self.meta.len() == BATCH_SIZE
+    }
+
+    /// Every datagram, super-datagrams cut at their stride. What cannot be used is counted in `drops`.
+    pub fn datagrams(self, drops: &mut Counters) -> impl Iterator<Item = Datagram<'a>> {
+        let usable = |meta: &RecvMeta| match refusal(meta) {
+            None => true,
+            Some(reason) => {
+                drops.add(reason, meta.len.div_ceil(meta.stride.max(1)).max(1) as u64);
+                false
+            }
+        };
+        // Filtered before anything is yielded, so that `drops` is free again when the caller gets the iterator.
+        let usable: ArrayVec<bool, BATCH_SIZE> = self.meta.iter().map(usable).collect();
+        let Self { bytes, meta, port } = self;
+        meta.iter().enumerate().filter(move |(i, _)| usable[*i]).flat_map(move |(i, meta)| {
+            let message = &bytes[i * MESSAGE..][..meta.len];
+            let local = SocketAddr::new(meta.dst_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port);
+            let ecn = ecn_of(meta.ecn);
+            // An empty datagram is one datagram, though it has no chunk.
+            let empty = message.is_empty().then_some(message);
+            empty.into_iter().chain(message.chunks(meta.stride.max(1))).map(move |payload| Datagram {
+                local,
+                from: meta.addr,
+                ecn,
+                payload,
+            })
+        })
+    }
+}
+
+/// Why a received message cannot be used.
+fn refusal(meta: &RecvMeta) -> Option<DropReason> {
+    if meta.dst_ip.is_none() {
+        return Some(DropReason::NoDestination);
+    }
+    // "Stride 0 or stride > 1316: whole message dropped" (connections.md section 2.3); an empty datagram is one too,
+    // but is counted where the others are classified.
+    (meta.stride > MAX_DATAGRAM || (meta.stride == 0 && meta.len > 0))
+        .then_some(DropReason::OversizedDatagram)
+}
+
+fn ecn_of(codepoint: Option<EcnCodepoint>) -> Ecn {
+    codepoint.map_or(Ecn::NotEct, |c| Ecn::from_bits(c as u8))
+}
