@@ -37,7 +37,7 @@ pub enum Ingress {
 }
 
 /// A message to the portal, topic `gateway`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Egress {
     /// Acknowledges [`Ingress::Authorize`]; the event name depends on the endpoint.
     Authorized {
@@ -215,6 +215,11 @@ pub enum Filter {
     },
     /// All ICMP types.
     Icmp,
+}
+
+impl Filter {
+    /// Permits nothing: stands for a list none of whose entries could be read, because an empty list permits everything.
+    pub const NEVER: Self = Self::Tcp { first: 1, last: 0 };
 }
 
 /// One TURN server address with its credentials (section 7.3); a dual-stack relay is two entries with one id.
