@@ -1,1 +1,687 @@
 //! Everything that is rare: relays, ICE, authorizations, timers. It hears STUN and TURN only.
+//!
+//! [`Control`] is the spine. What happened comes in by `handle_*`; it finds the client concerned, lets that client's
+//! connection react, and notes what is to be told. Then drain `poll_command`, `poll_transmit`, `poll_egress` and
+//! `poll_event` in this order until each is empty, and ask `poll_timeout`.
+//!
+//! ```text
+//! Ingress ------> authorizations --+                     +--> Command::Client, one per changed client
+//! WorkerEvent --> relay? router? --+--> connection (ICE) +--> Transmit, through a channel where it must
+//! time ---------> due clients -----+        | relays     +--> Egress: acknowledgements, candidates
+//! ```
+//!
+//! It must not know sockets, WireGuard or inner packets.
+
+mod authorizations;
+mod candidates;
+mod connection;
+mod early;
+mod hold;
+mod index;
+mod shared;
+mod stun_router;
+mod timers;
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use gateway_common::{Counters, DropReason};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use rustc_hash::{FxHashMap, FxHashSet};
+use tracing::{debug, info, warn};
+
+pub use self::connection::PathKind;
+use self::{
+    authorizations::{Authorizations, Parked, Update, WallClock},
+    connection::Connection,
+    early::Early,
+    index::Indices,
+    shared::Shared,
+    stun_router::Routed,
+    timers::Timers,
+};
+use crate::{
+    addr::TunnelAddrs,
+    command::{self, ClientState, Command, StunDatagram, WorkerEvent},
+    ids::{ClientId, ConnectionIndex, RelayId, ResourceId},
+    portal::messages::{self, Authorize, Egress, FlowLogs, IceCredentials, Ingress, Init, UnixSeconds},
+    relay::{RelayEvent, Relays},
+    sink::Transmit,
+};
+
+/// The portal gives up on an authorization so long after it asked (portal-protocol.md section 8.2).
+const ACKNOWLEDGEMENT_LIFE: Duration = Duration::from_secs(15);
+/// The longest USERNAME the ICE library writes.
+const MAX_USERNAME: usize = 128;
+
+/// What control starts from.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Feeds indices, tie-breakers, transaction ids and the choice among relays.
+    pub seed: u64,
+    /// The time since 1970-01-01 UTC at `now`.
+    pub unix_now: Duration,
+    /// The present.
+    pub now: Instant,
+}
+
+/// What the shell has to do besides sending.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Our tunnel addresses: configure the interface and bind what serves on it. Sent for every `init`.
+    Interface(TunnelAddrs),
+    /// New flow-log settings.
+    FlowLogs(FlowLogs),
+}
+
+/// How things are, for health and metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Status {
+    /// Relays that have answered.
+    pub relays: usize,
+    /// Clients with at least one authorization.
+    pub clients: usize,
+    /// Connections without a path yet.
+    pub connecting: usize,
+    /// Connections by the kind of their path.
+    pub peer_to_peer: usize,
+    /// See [`PathKind::PeerToRelay`].
+    pub peer_to_relay: usize,
+    /// See [`PathKind::RelayToPeer`].
+    pub relay_to_peer: usize,
+    /// See [`PathKind::RelayToRelay`].
+    pub relay_to_relay: usize,
+}
+
+/// The control plane's state machine.
+pub struct Control {
+    clients: FxHashMap<ClientId, Client>,
+    shared: Shared,
+    timers: Timers<ClientId>,
+    parked: Parked,
+    early: Early,
+    clock: WallClock,
+    indices: Indices,
+    indices_in_use: FxHashSet<ConnectionIndex>,
+    answered_relays: FxHashSet<RelayId>,
+    rng: SmallRng,
+    portal_is_connected: bool,
+    commands: VecDeque<Command>,
+    /// Clients whose state the workers do not have yet, each once.
+    changed: VecDeque<ClientId>,
+    is_changed: FxHashSet<ClientId>,
+    shutdown: bool,
+    egress: VecDeque<(Instant, Egress)>,
+    events: VecDeque<Event>,
+    counters: Counters,
+}
+
+/// One client: what it may reach and how it is reached.
+struct Client {
+    tunnel: TunnelAddrs,
+    authorizations: Authorizations,
+    /// `None` after it failed, until the client is authorized again (connections.md section 5.2).
+    connection: Option<Box<Connection>>,
+    path: Option<command::Path>,
+}
+
+impl Control {
+    /// Knows nobody; the portal counts as away until [`Control::handle_portal_connected`].
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        let mut rng = SmallRng::seed_from_u64(config.seed);
+        Self {
+            clients: FxHashMap::default(),
+            shared: Shared::new(Relays::new(rng.random())),
+            timers: Timers::new(),
+            parked: Parked::default(),
+            early: Early::default(),
+            clock: WallClock::new(config.unix_now, config.now),
+            indices: Indices::new(&mut rng),
+            indices_in_use: FxHashSet::default(),
+            answered_relays: FxHashSet::default(),
+            rng,
+            portal_is_connected: false,
+            commands: VecDeque::new(),
+            changed: VecDeque::new(),
+            is_changed: FxHashSet::default(),
+            shutdown: false,
+            egress: VecDeque::new(),
+            events: VecDeque::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// The portal's channel is joined: what was held is sent.
+    pub fn handle_portal_connected(&mut self, now: Instant) {
+        self.portal_is_connected = true;
+        self.egress.retain(|(at, _)| now.duration_since(*at) < ACKNOWLEDGEMENT_LIFE);
+    }
+
+    /// The portal is away: candidates are held, everything else goes on.
+    pub fn handle_portal_disconnected(&mut self, _now: Instant) {
+        self.portal_is_connected = false;
+        // The `init` after the next join brings relays anyway.
+        self.egress.retain(|(_, egress)| *egress != Egress::NoRelays);
+    }
+
+    /// The portal says something.
+    pub fn handle_ingress(&mut self, message: Ingress, now: Instant) {
+        match message {
+            Ingress::Init(init) => self.on_init(*init, now),
+            Ingress::Authorize(authorize) => self.on_authorize(authorize, now),
+            Ingress::RejectAccess(client, resource) => self.on_reject_access(client, resource, now),
+            Ingress::ResourceUpdated(resource) => self.on_resource_updated(&resource),
+            Ingress::IceCandidates(client, lines) => self.on_candidates(client, lines, now),
+            Ingress::InvalidateIceCandidates(client, lines) => {
+                self.early.invalidate(client, &lines);
+                self.touch(client, now, |c, shared| c.remove_remote(&lines, shared, now));
+            }
+            Ingress::RelaysPresence { disconnected, connected } => {
+                self.shared.relays.update(&disconnected, &connected, now);
+            }
+            Ingress::ExpiryUpdated(client, resource, expires) => {
+                self.on_expiry_updated(client, resource, expires, now);
+            }
+        }
+        self.settle(now);
+    }
+
+    /// A worker saw something.
+    pub fn handle_worker_event(&mut self, event: WorkerEvent, now: Instant) {
+        match event {
+            WorkerEvent::Stun(datagram) => self.on_stun(&datagram, now),
+            WorkerEvent::Established { id, index } => {
+                if self.is_current(id, index) {
+                    debug!(client = %id, "Session established");
+                    self.touch(id, now, |connection, _| connection.on_activity(now));
+                }
+            }
+            WorkerEvent::Expired { id, index } => {
+                if self.is_current(id, index) {
+                    debug!(client = %id, "WireGuard gave up");
+                    self.fail(id);
+                }
+            }
+            WorkerEvent::Activity { id, index, at } => {
+                if self.is_current(id, index) {
+                    self.touch(id, now, |connection, _| connection.on_activity(at));
+                }
+            }
+            WorkerEvent::Goodbye { id, index } => {
+                if self.is_current(id, index) {
+                    info!(client = %id, "Client said goodbye");
+                    self.remove_client(id);
+                }
+            }
+            WorkerEvent::ChannelsUsed(used) => self.shared.relays.handle_channels_used(&used, now),
+        }
+        self.settle(now);
+    }
+
+    /// Time passed: does what is due, for those only for whom it is.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.shared.relays.handle_timeout(now);
+        self.early.expire(now);
+        let unserved = self.parked.expire(now);
+        if unserved > 0 {
+            info!(unserved, "Authorizations found no relay in time");
+        }
+        while let Some(id) = self.timers.pop_due(now) {
+            self.expire_authorizations(id, now);
+            self.touch(id, now, |_, _| ());
+        }
+        self.settle(now);
+    }
+
+    /// Says goodbye to everybody.
+    pub fn shutdown(&mut self, _now: Instant) {
+        self.shutdown = true;
+    }
+
+    /// The next command for the workers.
+    pub fn poll_command(&mut self) -> Option<Command> {
+        if let Some(command) = self.commands.pop_front() {
+            return Some(command);
+        }
+        if let Some(id) = self.changed.pop_front() {
+            self.is_changed.remove(&id);
+            return Some(Command::Client { id, desired: self.client_state(id) });
+        }
+        std::mem::take(&mut self.shutdown).then_some(Command::Shutdown)
+    }
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        // A CHANNEL_BIND must be on its way before what uses its channel.
+        self.shared.relays.poll_transmit().or_else(|| self.shared.transmits.pop_front())
+    }
+
+    /// The next message for the portal; none while it is away.
+    pub fn poll_egress(&mut self) -> Option<Egress> {
+        if !self.portal_is_connected {
+            return None;
+        }
+        let queued = self.egress.pop_front().map(|(_, egress)| egress);
+        queued.or_else(|| self.shared.signals.poll())
+    }
+
+    /// The next thing for the shell to do.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// When [`Control::handle_timeout`] is due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [
+            self.shared.relays.poll_timeout(),
+            self.timers.earliest(),
+            self.parked.deadline(),
+            self.early.deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// What was dropped, by reason.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.counters.clone();
+        counters.merge(self.shared.relays.counters());
+        counters
+    }
+
+    /// How things are. Looks at every client: not for each packet.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let mut status = Status {
+            relays: self.shared.relays.rtts().count(),
+            clients: self.clients.len(),
+            ..Status::default()
+        };
+        for connection in self.clients.values().filter_map(|c| c.connection.as_ref()) {
+            *match connection.path_kind() {
+                None => &mut status.connecting,
+                Some(PathKind::PeerToPeer) => &mut status.peer_to_peer,
+                Some(PathKind::PeerToRelay) => &mut status.peer_to_relay,
+                Some(PathKind::RelayToPeer) => &mut status.relay_to_peer,
+                Some(PathKind::RelayToRelay) => &mut status.relay_to_relay,
+            } += 1;
+        }
+        status
+    }
+}
+
+/// What the portal says.
+impl Control {
+    /// In the order of portal-protocol.md section 8.1.
+    fn on_init(&mut self, init: Init, now: Instant) {
+        self.events.extend(init.flow_logs.map(Event::FlowLogs));
+        self.shared.relays.update(&[], &init.relays, now);
+        self.commands.push_back(Command::OwnAddrs(init.interface));
+        if let Some(listed) = init.authorizations {
+            self.parked.clear();
+            self.resync(&listed, now);
+        }
+        self.events.push_back(Event::Interface(init.interface));
+    }
+
+    fn resync(&mut self, listed: &[messages::AuthorizationRef], now: Instant) {
+        let mut expiries: FxHashMap<(ClientId, ResourceId), Option<Instant>> = FxHashMap::default();
+        for line in listed {
+            let expires = self.clock.deadline(line.expires_at);
+            let known = expiries.entry((line.client, line.resource)).or_insert(expires);
+            // Of several the longest counts; `None` is never.
+            *known = known.zip(expires).map(|(a, b)| a.max(b));
+        }
+        let ids: Vec<ClientId> = self.clients.keys().copied().collect();
+        for id in ids {
+            let client = self.clients.get_mut(&id).expect("just listed");
+            let revoked = client.authorizations.resync(|r| expiries.get(&(id, r)).copied(), now);
+            for resource in &revoked {
+                info!(client = %id, %resource, "Access revoked by the portal's list");
+            }
+            if !revoked.is_empty() {
+                self.mark_changed(id);
+            }
+            self.expire_authorizations(id, now);
+            self.remove_if_nothing_left(id);
+            self.schedule(id);
+        }
+    }
+
+    fn on_authorize(&mut self, authorize: Box<Authorize>, now: Instant) {
+        let (client, resource) = (authorize.client.id, authorize.resource.id);
+        if authorize.use_iceless {
+            warn!(%client, %resource, "Refusing an authorization without ICE, which we never announced");
+            return;
+        }
+        if !are_usable(&authorize.gateway_ice, &authorize.client_ice) {
+            warn!(%client, %resource, "Refusing an authorization with unusable ICE credentials");
+            return;
+        }
+        if self.clock.deadline(authorize.expires_at).is_some_and(|at| at <= now) {
+            info!(%client, %resource, "Refusing an authorization that ended in the past");
+            self.on_expiry_updated(client, resource, authorize.expires_at.unwrap_or(UnixSeconds(0)), now);
+            return;
+        }
+        let reusable = self.connection(client).is_some_and(|c| c.is_reusable_for(&authorize));
+        let relay = self.shared.relays.sample();
+        if relay.is_none() && !reusable {
+            debug!(%client, %resource, "No relay yet, the authorization waits");
+            self.say(Egress::NoRelays, now);
+            self.parked.park(authorize, now);
+            return;
+        }
+        self.parked.reject(client, resource);
+        self.serve(*authorize, relay, now);
+    }
+
+    /// Connects and allows. `relay` is only missing where a connection is reused.
+    fn serve(&mut self, authorize: Authorize, relay: Option<RelayId>, now: Instant) {
+        let id = authorize.client.id;
+        self.connect(&authorize, relay, now);
+        let expires = self.clock.deadline(authorize.expires_at);
+        let client = self.clients.get_mut(&id).expect("connected just now");
+        let resource = authorize.resource.id;
+        if client.authorizations.grant(authorize.resource, expires, now) == Update::Refused {
+            warn!(client = %id, %resource, "A known resource came with another address or type, which is ignored");
+        }
+        info!(client = %id, %resource, "Access allowed");
+        self.mark_changed(id);
+        self.say(Egress::Authorized { reference: authorize.reference }, now);
+        let early = self.early.take(id, now);
+        self.touch(id, now, |connection, shared| {
+            if !early.is_empty() {
+                connection.add_remote(&early, shared, now);
+            }
+        });
+    }
+
+    /// `upsert_connection` (connections.md section 5.1).
+    fn connect(&mut self, authorize: &Authorize, relay: Option<RelayId>, now: Instant) {
+        let id = authorize.client.id;
+        let tunnel = authorize.client.tunnel;
+        let client = self.clients.entry(id).or_insert_with(|| Client {
+            tunnel,
+            authorizations: Authorizations::default(),
+            connection: None,
+            path: None,
+        });
+        if client.tunnel != tunnel {
+            debug!(client = %id, "The client's tunnel addresses changed, its access starts afresh");
+            client.tunnel = tunnel;
+            client.authorizations = Authorizations::default();
+        }
+        match (&mut client.connection, relay) {
+            (Some(connection), _) if connection.is_reusable_for(authorize) => {
+                connection.renew(&mut self.shared, now);
+            }
+            (connection, Some(relay)) => {
+                if let Some(mut old) = connection.take() {
+                    debug!(client = %id, "Replacing the connection");
+                    old.close(&mut self.shared);
+                    self.indices_in_use.remove(&old.keys().index);
+                }
+                let index = self.indices.next(|i| self.indices_in_use.contains(&i));
+                self.indices_in_use.insert(index);
+                let tie_breaker = self.rng.random();
+                let new = Connection::new(authorize, index, tie_breaker, relay, &mut self.shared, now);
+                *connection = Some(Box::new(new));
+                client.path = None;
+            }
+            (_, None) => unreachable!("a new connection is made with a relay only"),
+        }
+    }
+
+    fn on_reject_access(&mut self, id: ClientId, resource: ResourceId, now: Instant) {
+        self.parked.reject(id, resource);
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if client.authorizations.revoke(resource) {
+            info!(client = %id, %resource, "Access revoked");
+            self.mark_changed(id);
+            self.remove_if_nothing_left(id);
+            self.touch(id, now, |_, _| ());
+        }
+    }
+
+    /// Rare and for everybody who holds it (portal-protocol.md section 8.4), so a walk over all clients.
+    fn on_resource_updated(&mut self, resource: &messages::Resource) {
+        let mut holders = Vec::new();
+        for (id, client) in &mut self.clients {
+            match client.authorizations.update(resource) {
+                Update::Applied => holders.push(*id),
+                Update::Refused => {
+                    warn!(client = %id, resource = %resource.id, "Only filters of a resource can change");
+                    holders.push(*id);
+                }
+                Update::Unknown => {}
+            }
+        }
+        for id in holders {
+            self.mark_changed(id);
+        }
+    }
+
+    fn on_candidates(&mut self, id: ClientId, lines: Vec<String>, now: Instant) {
+        if self.connection(id).is_some() {
+            self.touch(id, now, |connection, shared| connection.add_remote(&lines, shared, now));
+        } else {
+            debug!(client = %id, "Candidates for a client without a connection, keeping them for a moment");
+            self.early.keep(id, lines, now);
+        }
+    }
+
+    fn on_expiry_updated(&mut self, id: ClientId, resource: ResourceId, expires: UnixSeconds, now: Instant) {
+        let expires = self.clock.deadline(Some(expires));
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if client.authorizations.set_expiry(resource, expires) {
+            self.expire_authorizations(id, now);
+            self.schedule(id);
+        }
+    }
+}
+
+/// What happens by itself.
+impl Control {
+    /// Relays first: they answer without the integrity the ICE agent asks for.
+    fn on_stun(&mut self, datagram: &StunDatagram, now: Instant) {
+        if datagram.via.is_none() && self.shared.relays.handle_stun(datagram, now) {
+            return;
+        }
+        let StunDatagram { local, from, via, ref payload } = *datagram;
+        let mut used = false;
+        if let Routed::For(id, message) = self.shared.router.route(payload, now) {
+            self.touch(id, now, |connection, _| {
+                used = connection.handle_stun(message, from, local, via, now)
+            });
+        }
+        if !used {
+            self.counters.count(DropReason::UnmatchedStun);
+        }
+    }
+
+    /// Follows the relays until they have nothing more to say, then helps those who wait for one.
+    fn settle(&mut self, now: Instant) {
+        loop {
+            while let Some(event) = self.shared.relays.poll_event() {
+                self.on_relay_event(event, now);
+            }
+            if !self.help_waiting(now) {
+                return;
+            }
+        }
+    }
+
+    fn on_relay_event(&mut self, event: RelayEvent, now: Instant) {
+        match event {
+            RelayEvent::Added(candidate, relay) => {
+                if self.answered_relays.insert(relay) {
+                    info!(%relay, "Relay added");
+                }
+                for id in self.shared.users(relay) {
+                    self.touch(id, now, |connection, shared| connection.add_local(&candidate, shared));
+                }
+            }
+            RelayEvent::Invalidated(candidate, relay) => {
+                for id in self.shared.users(relay) {
+                    self.touch(id, now, |connection, shared| connection.remove_local(&candidate, shared));
+                }
+            }
+            RelayEvent::Gone(relay) => {
+                if self.answered_relays.remove(&relay) {
+                    info!(%relay, "Relay removed");
+                }
+                for id in self.shared.users(relay) {
+                    self.touch(id, now, |connection, shared| connection.lose_relay(shared));
+                }
+            }
+            RelayEvent::Servers(servers) => self.commands.push_back(Command::Relays(servers)),
+            RelayEvent::ChannelBound { relay, server, number, peer } => {
+                self.commands.push_back(Command::Channel { server, number, peer: Some(peer) });
+                self.refresh_paths(relay, peer, now);
+            }
+            RelayEvent::ChannelGone { relay, server, number, peer } => {
+                self.commands.push_back(Command::Channel { server, number, peer: None });
+                self.refresh_paths(relay, peer, now);
+            }
+            RelayEvent::NoneLeft => self.say(Egress::NoRelays, now),
+        }
+    }
+
+    fn refresh_paths(&mut self, relay: RelayId, peer: std::net::SocketAddr, now: Instant) {
+        for id in self.shared.on_path(relay, peer) {
+            self.touch(id, now, |_, _| ());
+        }
+    }
+
+    /// Serves what waits for a relay. False when nobody waits or there is none.
+    fn help_waiting(&mut self, now: Instant) -> bool {
+        if let Some(id) = self.shared.orphans.iter().next().copied() {
+            let Some(relay) = self.shared.relays.sample() else { return false };
+            self.touch(id, now, |connection, shared| connection.migrate(relay, shared, now));
+            // Whatever became of it, it waits no longer.
+            self.shared.orphans.remove(&id);
+            return true;
+        }
+        if self.parked.deadline().is_none() || !self.shared.relays.is_usable() {
+            return false;
+        }
+        let Some(relay) = self.shared.relays.sample() else { return false };
+        let Some(authorize) = self.parked.take(now) else { return false };
+        self.serve(*authorize, Some(relay), now);
+        true
+    }
+
+    /// Lets the client's connection react to something, then follows what it made of it.
+    fn touch(&mut self, id: ClientId, now: Instant, react: impl FnOnce(&mut Connection, &mut Shared)) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if let Some(connection) = &mut client.connection {
+            react(connection, &mut self.shared);
+            if let Some(why) = connection.drive(&mut self.shared, now) {
+                debug!(client = %id, ?why, "Connection failed");
+                self.fail(id);
+                return;
+            }
+            let path = connection.path(&self.shared, now);
+            if client.path != path {
+                client.path = path;
+                self.mark_changed(id);
+            }
+        }
+        self.schedule(id);
+    }
+
+    /// The connection is gone, the authorizations stay: the client decides when to come back.
+    fn fail(&mut self, id: ClientId) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        client.path = None;
+        if let Some(mut connection) = client.connection.take() {
+            connection.close(&mut self.shared);
+            self.indices_in_use.remove(&connection.keys().index);
+            self.mark_changed(id);
+        }
+        self.schedule(id);
+    }
+
+    fn expire_authorizations(&mut self, id: ClientId, now: Instant) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let expired = client.authorizations.expire(now);
+        for resource in &expired {
+            info!(client = %id, %resource, "Access expired");
+        }
+        if !expired.is_empty() {
+            self.mark_changed(id);
+            self.remove_if_nothing_left(id);
+        }
+    }
+
+    fn remove_if_nothing_left(&mut self, id: ClientId) {
+        if self.clients.get(&id).is_some_and(|client| client.authorizations.is_empty()) {
+            self.remove_client(id);
+        }
+    }
+
+    fn remove_client(&mut self, id: ClientId) {
+        self.fail(id);
+        if self.clients.remove(&id).is_some() {
+            self.mark_changed(id);
+        }
+        self.timers.set(id, None);
+    }
+
+    fn schedule(&mut self, id: ClientId) {
+        let deadline = self.clients.get_mut(&id).and_then(|client| {
+            let connection = client.connection.as_mut().and_then(|c| c.deadline());
+            [connection, client.authorizations.next_expiry()].into_iter().flatten().min()
+        });
+        self.timers.set(id, deadline);
+    }
+
+    fn mark_changed(&mut self, id: ClientId) {
+        if self.is_changed.insert(id) {
+            self.changed.push_back(id);
+        }
+    }
+
+    fn say(&mut self, egress: Egress, now: Instant) {
+        let repeated = egress == Egress::NoRelays && self.egress.iter().any(|(_, e)| *e == egress);
+        if !repeated {
+            self.egress.push_back((now, egress));
+        }
+    }
+
+    fn connection(&self, id: ClientId) -> Option<&Connection> {
+        self.clients.get(&id)?.connection.as_deref()
+    }
+
+    /// Events about an older connection of the client are ignored.
+    fn is_current(&self, id: ClientId, index: ConnectionIndex) -> bool {
+        self.connection(id).is_some_and(|c| c.keys().index == index)
+    }
+
+    fn client_state(&mut self, id: ClientId) -> Option<std::sync::Arc<ClientState>> {
+        let client = self.clients.get_mut(&id)?;
+        let connection = match &client.connection {
+            Some(c) => command::Connection::Present(std::sync::Arc::clone(c.keys()), client.path),
+            None => command::Connection::Absent,
+        };
+        let resources = client.authorizations.resources();
+        Some(std::sync::Arc::new(ClientState { tunnel: client.tunnel, connection, resources }))
+    }
+}
+
+/// Credentials the agent can write into a USERNAME that the other side can split again.
+fn are_usable(local: &IceCredentials, remote: &IceCredentials) -> bool {
+    let part = |name: &str| !name.is_empty() && !name.contains(':') && !name.contains(char::is_whitespace);
+    part(&local.username)
+        && part(&remote.username)
+        && local.username.len() + 1 + remote.username.len() <= MAX_USERNAME
+}
+
+#[cfg(test)]
+mod tests;

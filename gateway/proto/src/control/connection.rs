@@ -1,0 +1,543 @@
+//! One client's connection: its ICE agent, its state, its path (connections.md sections 5 and 6).
+//!
+//! ```text
+//! Connecting --(nominated)--> Connected --(20 s quiet, agent has a pair)--> Idle
+//!                                 ^--------(traffic, candidates, upsert)------'
+//! any --(no remote candidate 10 s | ICE disconnected 2 s)--> failed: control removes it
+//! ```
+//!
+//! It knows the relays and the tables that lead to it ([`Shared`]); authorizations, portal and workers are control's.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use is::{
+    Candidate, CandidateKind, IceAgent, IceAgentEvent, IceConnectionState, IceCreds, Protocol,
+    stun::{StunMessage, StunPacket},
+};
+use rustc_hash::FxBuildHasher;
+use tracing::debug;
+use zeroize::Zeroizing;
+
+use crate::{
+    command::{ConnectionKeys, Path},
+    control::{candidates, shared::Shared, stun_router::quietly},
+    ids::{ClientId, ConnectionIndex, RelayId},
+    portal::messages::{Authorize, IceCredentials},
+    relay::{LocalCandidate, Use},
+    sink::Transmit,
+};
+
+/// Without any remote candidate for so long the connection fails (connections.md section 12).
+const CANDIDATE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long ICE may be disconnected (connections.md section 12).
+const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
+/// Without application data for so long ICE slows down (connections.md section 12).
+const IDLE_AFTER: Duration = Duration::from_secs(20);
+/// Pairs an agent may have (connections.md section 12).
+const MAX_PAIRS: usize = 100;
+/// Addresses one client may signal or send checks from in a connection's life: the agent keeps each of them.
+const MAX_REMOTES: usize = 256;
+/// Agent ticks in one drive: each sends at most one check, so more than one per pair is a fault.
+const MAX_TICKS: usize = MAX_PAIRS + 2;
+
+/// A row of the table in connections.md section 6.6.
+struct Timing {
+    retransmissions: usize,
+    cap: Duration,
+    initial: Duration,
+}
+
+const ACTIVE: Timing =
+    Timing { retransmissions: 45, cap: Duration::from_secs(15), initial: Duration::from_millis(250) };
+const IDLE: Timing =
+    Timing { retransmissions: 40, cap: Duration::from_secs(25), initial: Duration::from_secs(25) };
+
+/// One connection, from `upsert` until it fails or is closed.
+pub(super) struct Connection {
+    client: ClientId,
+    keys: Arc<ConnectionKeys>,
+    local: IceCredentials,
+    remote: IceCredentials,
+    agent: IceAgent,
+    state: State,
+    /// When no remote candidate came until then, the connection fails; `None` after the first.
+    candidate_deadline: Option<Instant>,
+    /// When ICE stays disconnected until then, the connection fails.
+    disconnect_deadline: Option<Instant>,
+    /// The selected relay; `None` after it went, until another is found.
+    relay: Option<RelayId>,
+    relayed: Vec<Relayed>,
+    /// Remote candidates as signalled.
+    signalled: Vec<(CandidateKind, SocketAddr)>,
+    /// Senders of authenticated requests.
+    heard: HashSet<SocketAddr, FxBuildHasher>,
+    /// Channels this connection asked for.
+    channels: HashSet<(RelayId, SocketAddr), FxBuildHasher>,
+}
+
+/// One of our relayed candidates.
+#[derive(Debug, Clone, Copy)]
+struct Relayed {
+    addr: SocketAddr,
+    relay: RelayId,
+    server: SocketAddr,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Connecting,
+    Connected { pair: Pair, last_activity: Instant },
+    Idle { pair: Pair },
+}
+
+/// The nominated pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Pair {
+    /// The host or relayed address we send from.
+    local: SocketAddr,
+    /// The relay `local` is on; `None` for a host address.
+    via: Option<RelayId>,
+    remote: SocketAddr,
+    remote_is_relay: bool,
+}
+
+/// Which ends of a path are relays (connections.md section 5.2); also metric labels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PathKind {
+    /// No relay at all.
+    PeerToPeer,
+    /// The client's relay.
+    PeerToRelay,
+    /// Our relay.
+    RelayToPeer,
+    /// Both.
+    RelayToRelay,
+}
+
+/// Why a connection has to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// The portal never delivered a usable candidate.
+    NoCandidates,
+    /// ICE found no way for 2 s.
+    Disconnected,
+}
+
+impl Connection {
+    /// A new connection on `relay`, with every local candidate signalled.
+    pub(super) fn new(
+        authorize: &Authorize,
+        index: ConnectionIndex,
+        tie_breaker: u64,
+        relay: RelayId,
+        shared: &mut Shared,
+        now: Instant,
+    ) -> Self {
+        let client = &authorize.client;
+        let keys = ConnectionKeys {
+            index,
+            public_key: client.public_key,
+            preshared_key: Zeroizing::new(*client.preshared_key.0),
+        };
+        let mut connection = Self {
+            client: client.id,
+            keys: Arc::new(keys),
+            local: authorize.gateway_ice.clone(),
+            remote: authorize.client_ice.clone(),
+            agent: agent(&authorize.gateway_ice, &authorize.client_ice, tie_breaker, now),
+            state: State::Connecting,
+            candidate_deadline: Some(now + CANDIDATE_TIMEOUT),
+            disconnect_deadline: None,
+            relay: Some(relay),
+            relayed: Vec::new(),
+            signalled: Vec::new(),
+            heard: HashSet::default(),
+            channels: HashSet::default(),
+        };
+        connection.set_timing(&ACTIVE);
+        shared.router.insert(&connection.local, &connection.remote, connection.client);
+        shared.select(relay, connection.client);
+        connection.add_known_locals(shared);
+        connection
+    }
+
+    /// The reuse rule of section 5.1.
+    pub(super) fn is_reusable_for(&self, authorize: &Authorize) -> bool {
+        self.local == authorize.gateway_ice
+            && self.remote == authorize.client_ice
+            && self.keys.public_key == authorize.client.public_key
+            && *self.keys.preshared_key == *authorize.client.preshared_key.0
+    }
+
+    /// The connection is authorized again: wakes it, adds what it lacks, signals every local candidate again.
+    pub(super) fn renew(&mut self, shared: &mut Shared, now: Instant) {
+        self.on_activity(now);
+        self.add_known_locals(shared);
+        for candidate in self.agent.local_candidates().filter(candidates::is_signalled) {
+            shared.signals.add(self.client, candidates::signalled(&candidate));
+        }
+    }
+
+    /// Lines the portal delivered. Every one is read on its own.
+    pub(super) fn add_remote(&mut self, lines: &[String], shared: &mut Shared, now: Instant) {
+        for line in lines {
+            let candidate = match candidates::remote(line, &self.remote.username) {
+                Ok(candidate) if self.signalled.len() < MAX_REMOTES => candidate,
+                Ok(_) => {
+                    debug!(client = %self.client, "Too many remote candidates, ignoring the rest");
+                    return;
+                }
+                Err(why) => {
+                    debug!(client = %self.client, %line, "Ignoring a remote candidate: {why}");
+                    continue;
+                }
+            };
+            self.candidate_deadline = None;
+            let (kind, addr) = (candidate.kind(), candidate.addr());
+            debug!(client = %self.client, ?candidate, "Remote candidate");
+            self.agent.add_remote_candidate(candidate);
+            if !self.signalled.contains(&(kind, addr)) {
+                self.signalled.push((kind, addr));
+            }
+            if kind != CandidateKind::Host {
+                self.want_channel(addr, Use::Signalled, shared, now);
+            }
+            for guess in candidates::optimistic(&self.agent) {
+                self.agent.add_remote_candidate(guess);
+            }
+        }
+        self.on_activity(now);
+    }
+
+    /// Lines that no longer hold.
+    pub(super) fn remove_remote(&mut self, lines: &[String], shared: &mut Shared, now: Instant) {
+        for line in lines {
+            let Ok(candidate) = candidates::remote(line, &self.remote.username) else { continue };
+            let (kind, addr) = (candidate.kind(), candidate.addr());
+            // The agent looks at its own side first: a peer that sends our lines back must not blind us.
+            if self.agent.local_candidates().any(|c| c.addr() == addr && c.kind() == kind) {
+                continue;
+            }
+            debug!(client = %self.client, ?candidate, "Remote candidate is gone");
+            self.agent.invalidate_candidate(&candidate);
+            self.signalled.retain(|known| *known != (kind, addr));
+            self.drop_channel(addr, shared);
+        }
+        self.on_activity(now);
+    }
+
+    /// A STUN message routed to us. False if it was not used.
+    ///
+    /// `via` is the relay's address whose channel carried it, `local` where it arrived otherwise.
+    pub(super) fn handle_stun(
+        &mut self,
+        message: StunMessage<'_>,
+        from: SocketAddr,
+        local: SocketAddr,
+        via: Option<SocketAddr>,
+        now: Instant,
+    ) -> bool {
+        let destination = match via {
+            None => local,
+            Some(server) => {
+                let ours = |r: &&Relayed| r.server == server && r.addr.is_ipv4() == from.is_ipv4();
+                let Some(relayed) = self.relayed.iter().find(ours) else { return false };
+                relayed.addr
+            }
+        };
+        let is_request = message.is_binding_request();
+        // The agent would keep a candidate for every port a client sends from.
+        if is_request && self.heard.len() >= MAX_REMOTES && !self.heard.contains(&from) {
+            return false;
+        }
+        let packet = StunPacket { proto: Protocol::Udp, source: from, destination, message };
+        let accepted = self.agent.handle_packet(now, packet);
+        if accepted && is_request {
+            self.heard.insert(from);
+        }
+        accepted
+    }
+
+    /// Relays found a candidate that concerns this connection.
+    pub(super) fn add_local(&mut self, found: &LocalCandidate, shared: &mut Shared) {
+        let Some(candidate) = candidates::local(found) else { return };
+        if let LocalCandidate::Relayed { addr, relay, server, .. } = *found
+            && !self.relayed.iter().any(|r| r.addr == addr)
+        {
+            self.relayed.push(Relayed { addr, relay, server });
+        }
+        let known = |c: &Candidate| c.addr() == candidate.addr() && c.kind() == candidate.kind();
+        if self.agent.local_candidates().any(|c| known(&c)) {
+            return;
+        }
+        if let Some(added) = self.agent.add_local_candidate(candidate) {
+            debug!(client = %self.client, candidate = ?added, "Local candidate");
+            shared.signals.add(self.client, candidates::signalled(added));
+        }
+    }
+
+    /// A relayed candidate no longer holds.
+    pub(super) fn remove_local(&mut self, gone: &LocalCandidate, shared: &mut Shared) {
+        let LocalCandidate::Relayed { addr, relay, .. } = *gone else { return };
+        self.relayed.retain(|r| (r.addr, r.relay) != (addr, relay));
+        let known = |c: &Candidate| c.addr() == addr && c.kind() == CandidateKind::Relayed;
+        let Some(candidate) = self.agent.local_candidates().find(known) else { return };
+        debug!(client = %self.client, ?candidate, "Local candidate is gone");
+        self.agent.invalidate_candidate(&candidate);
+        shared.signals.remove(self.client, candidates::signalled(&candidate));
+    }
+
+    /// The selected relay is gone; [`Connection::migrate`] gives another one as soon as there is one.
+    pub(super) fn lose_relay(&mut self, shared: &mut Shared) {
+        if let Some(relay) = self.relay.take() {
+            shared.deselect(relay, self.client);
+            self.channels.retain(|(on, _)| *on != relay);
+        }
+        shared.orphans.insert(self.client);
+    }
+
+    /// Uses `relay` from now on: its candidates are added and signalled.
+    pub(super) fn migrate(&mut self, relay: RelayId, shared: &mut Shared, now: Instant) {
+        debug!(client = %self.client, %relay, "Migrating to another relay");
+        self.relay = Some(relay);
+        shared.select(relay, self.client);
+        for found in shared.relays.relayed(relay) {
+            self.add_local(&found, shared);
+        }
+        for (kind, addr) in self.signalled.clone() {
+            if kind != CandidateKind::Host {
+                self.want_channel(addr, Use::Signalled, shared, now);
+            }
+        }
+        self.on_activity(now);
+    }
+
+    /// Application data flowed, or something happened that checks should follow closely.
+    pub(super) fn on_activity(&mut self, at: Instant) {
+        match &mut self.state {
+            State::Connecting => {}
+            State::Connected { last_activity, .. } => *last_activity = at.max(*last_activity),
+            State::Idle { pair } => {
+                self.state = State::Connected { pair: *pair, last_activity: at };
+                self.set_timing(&ACTIVE);
+            }
+        }
+    }
+
+    /// Runs the agent until it has nothing more to do at `now`, and the timers that are due.
+    ///
+    /// Returns why the connection has to go, if it has.
+    pub(super) fn drive(&mut self, shared: &mut Shared, now: Instant) -> Option<Failure> {
+        // A nomination takes effect in a tick only, and the next one may be seconds away.
+        self.agent.handle_timeout(now);
+        for _ in 0..MAX_TICKS {
+            self.send_checks(shared, now);
+            self.follow_agent(shared, now);
+            match self.agent.poll_timeout() {
+                Some(at) if at > now => break,
+                _ => self.agent.handle_timeout(now),
+            }
+        }
+        self.send_checks(shared, now);
+        self.follow_agent(shared, now);
+        self.rest_if_quiet(now);
+
+        let due = |deadline: Option<Instant>| deadline.is_some_and(|at| at <= now);
+        if due(self.candidate_deadline) {
+            return Some(Failure::NoCandidates);
+        }
+        due(self.disconnect_deadline).then_some(Failure::Disconnected)
+    }
+
+    /// When [`Connection::drive`] is due again.
+    pub(super) fn deadline(&mut self) -> Option<Instant> {
+        let idle = match self.state {
+            State::Connected { last_activity, .. } if self.has_pair() => Some(last_activity + IDLE_AFTER),
+            _ => None,
+        };
+        [self.agent.poll_timeout(), idle, self.candidate_deadline, self.disconnect_deadline]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Takes it out of every table that leads here.
+    pub(super) fn close(&mut self, shared: &mut Shared) {
+        shared.router.remove(&self.local, &self.remote, self.client);
+        shared.signals.forget(self.client);
+        shared.orphans.remove(&self.client);
+        if let Some(relay) = self.relay {
+            shared.deselect(relay, self.client);
+        }
+        if let Some(pair) = self.pair() {
+            shared.leave_path(pair.via, pair.remote, self.client);
+        }
+        for (relay, peer) in self.channels.drain() {
+            shared.relays.release(relay, peer);
+        }
+    }
+
+    /// What the workers know it by.
+    pub(super) fn keys(&self) -> &Arc<ConnectionKeys> {
+        &self.keys
+    }
+
+    /// The way to the client, once a pair is nominated; `None` too while its relay has no address to send to.
+    pub(super) fn path(&self, shared: &Shared, now: Instant) -> Option<Path> {
+        let Pair { local, via, remote, .. } = self.pair()?;
+        let Some(relay) = via else { return Some(Path::Direct { local, remote }) };
+        // A path through an allocation that went is none: the relay would drop what we send.
+        if !self.relayed.iter().any(|r| r.addr == local) {
+            return None;
+        }
+        match shared.relays.channel(relay, remote, now) {
+            Some((server, number)) => Some(Path::Relayed { server, channel: Some(number), remote }),
+            None => shared.relays.server(relay).map(|server| Path::Relayed { server, channel: None, remote }),
+        }
+    }
+
+    /// The kind of the nominated pair.
+    pub(super) fn path_kind(&self) -> Option<PathKind> {
+        self.pair().map(|pair| match (pair.via, pair.remote_is_relay) {
+            (None, false) => PathKind::PeerToPeer,
+            (None, true) => PathKind::PeerToRelay,
+            (Some(_), false) => PathKind::RelayToPeer,
+            (Some(_), true) => PathKind::RelayToRelay,
+        })
+    }
+
+    fn pair(&self) -> Option<Pair> {
+        match self.state {
+            State::Connecting => None,
+            State::Connected { pair, .. } | State::Idle { pair } => Some(pair),
+        }
+    }
+
+    /// Does the agent hold a working pair? Upstream asks for exactly *Connected* and so never rests once every
+    /// other pair is pruned (*Completed*).
+    fn has_pair(&self) -> bool {
+        self.agent.state().is_connected()
+    }
+
+    fn rest_if_quiet(&mut self, now: Instant) {
+        if let State::Connected { pair, last_activity } = self.state
+            && self.has_pair()
+            && now.duration_since(last_activity) >= IDLE_AFTER
+        {
+            self.state = State::Idle { pair };
+            self.set_timing(&IDLE);
+        }
+    }
+
+    fn set_timing(&mut self, timing: &Timing) {
+        self.agent.set_max_stun_retransmits(timing.retransmissions);
+        self.agent.set_max_stun_rto(timing.cap);
+        self.agent.set_initial_stun_rto(timing.initial);
+    }
+
+    /// Host and reflexive candidates of all relays and the relayed ones of the selected relay, best first: a
+    /// reflexive candidate that equals the host one is then seen to be redundant.
+    fn add_known_locals(&mut self, shared: &mut Shared) {
+        let mut found = shared.relays.host_and_reflexive();
+        found.sort_by_key(|c| matches!(c, LocalCandidate::Reflexive { .. }));
+        found.extend(self.relay.into_iter().flat_map(|relay| shared.relays.relayed(relay)));
+        for candidate in &found {
+            self.add_local(candidate, shared);
+        }
+    }
+
+    fn send_checks(&mut self, shared: &mut Shared, now: Instant) {
+        while let Some(check) = self.agent.poll_transmit() {
+            let payload = Vec::from(check.contents);
+            shared.router.sent(&payload, self.client, now);
+            let transmit = match self.relayed.iter().find(|r| r.addr == check.source) {
+                Some(relayed) => {
+                    self.channels.insert((relayed.relay, check.destination));
+                    shared.relays.wrap(relayed.relay, check.destination, &payload, now)
+                }
+                None => Some(Transmit { src: Some(check.source), dst: check.destination, payload }),
+            };
+            shared.transmits.extend(transmit);
+        }
+    }
+
+    fn follow_agent(&mut self, shared: &mut Shared, now: Instant) {
+        while let Some(event) = self.agent.poll_event() {
+            match event {
+                IceAgentEvent::IceConnectionStateChange(state) => {
+                    debug!(client = %self.client, ?state, "ICE state");
+                    // Every other state clears it: upstream forgets Disconnected -> Completed.
+                    self.disconnect_deadline = (state == IceConnectionState::Disconnected)
+                        .then(|| self.disconnect_deadline.unwrap_or(now + DISCONNECT_GRACE));
+                }
+                IceAgentEvent::NominatedSend { source, destination, .. } => {
+                    self.on_nominated(source, destination, shared, now);
+                }
+                IceAgentEvent::IceRestart(_) | IceAgentEvent::DiscoveredRecv { .. } => {}
+            }
+        }
+    }
+
+    fn on_nominated(&mut self, local: SocketAddr, remote: SocketAddr, shared: &mut Shared, now: Instant) {
+        let via = self.relayed.iter().find(|r| r.addr == local).map(|r| r.relay);
+        let remote_is_relay =
+            self.agent.remote_candidates().any(|c| c.addr() == remote && c.kind() == CandidateKind::Relayed);
+        let pair = Pair { local, via, remote, remote_is_relay };
+        if let Some(old) = self.pair() {
+            shared.leave_path(old.via, old.remote, self.client);
+        }
+        shared.enter_path(via, remote, self.client);
+        if let Some(relay) = via {
+            self.channels.insert((relay, remote));
+            shared.relays.bind(relay, remote, Use::Nominated, now);
+        }
+        debug!(client = %self.client, %local, %remote, relayed = via.is_some(), "Pair nominated");
+        match &mut self.state {
+            State::Connecting => self.state = State::Connected { pair, last_activity: now },
+            State::Connected { pair: old, .. } | State::Idle { pair: old } => *old = pair,
+        }
+    }
+
+    fn want_channel(&mut self, peer: SocketAddr, why: Use, shared: &mut Shared, now: Instant) {
+        if let Some(relay) = self.relay {
+            self.channels.insert((relay, peer));
+            shared.relays.bind(relay, peer, why, now);
+        }
+    }
+
+    fn drop_channel(&mut self, peer: SocketAddr, shared: &mut Shared) {
+        // Another candidate of the same address may still want it.
+        if self.signalled.iter().any(|(_, addr)| *addr == peer) {
+            return;
+        }
+        let unwanted: Vec<_> = self.channels.iter().filter(|(_, p)| *p == peer).copied().collect();
+        for (relay, peer) in unwanted {
+            self.channels.remove(&(relay, peer));
+            shared.relays.release(relay, peer);
+        }
+    }
+}
+
+/// A controlled agent with the portal's credentials, without pacing between checks (section 6.1).
+fn agent(local: &IceCredentials, remote: &IceCredentials, tie_breaker: u64, now: Instant) -> IceAgent {
+    let creds =
+        |c: &IceCredentials| IceCreds { ufrag: c.username.clone(), pass: c.password.as_str().to_owned() };
+    let mut agent = IceAgent::new(creds(local));
+    agent.set_controlling(false);
+    agent.set_control_tie_breaker(tie_breaker);
+    agent.set_timing_advance(Duration::ZERO);
+    agent.set_max_candidate_pairs(MAX_PAIRS);
+    agent.set_local_preference(candidates::local_preference);
+    // These calls write both passwords to the log.
+    quietly(|| {
+        agent.set_remote_credentials(creds(remote));
+        agent.handle_timeout(now);
+        while agent.poll_event().is_some() {}
+    });
+    agent
+}
