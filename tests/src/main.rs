@@ -1,0 +1,33 @@
+//! `gateway-tests`: runs the scenarios and the demo; also the stand-ins and helpers that those start as processes.
+
+use clap::{Parser, Subcommand};
+use gateway_tests::{net::janitor, scenario};
+
+/// Tests of firezone-gateway in network namespaces that this program makes and removes.
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the scenarios one after the other.
+    Scenarios(scenario::Arguments),
+    /// Remove what the run with this pid leaves, once standard input ends.
+    #[command(hide = true)]
+    Janitor {
+        /// The run.
+        pid: u32,
+    },
+}
+
+fn main() -> anyhow::Result<std::process::ExitCode> {
+    match Cli::parse().command {
+        Command::Scenarios(arguments) => scenario::run(&arguments),
+        Command::Janitor { pid } => {
+            janitor::watch(pid)?;
+            Ok(std::process::ExitCode::SUCCESS)
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! What cleans up when guards cannot: signals and sudden death.
+//!
+//! ```text
+//!   gateway-tests scenarios (pid 4711)            gateway-tests janitor 4711 (own process group)
+//!     guards remove on drop and on panic   pipe     reads the pipe; its end means that 4711 is gone,
+//!     SIGINT/SIGTERM: sweep, exit 130    ------->   however it went: kill and remove what it left
+//! ```
+
+use std::{
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context as _, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::netns;
+
+/// Cleans up after dead runs, then watches over this one as long as this value lives.
+#[derive(Debug)]
+pub struct Janitor {
+    watcher: Child,
+}
+
+impl Janitor {
+    /// Removes leftovers of dead runs, installs the signal handler, starts the watcher process.
+    ///
+    /// # Errors
+    /// If the watcher or the signal thread cannot be started.
+    pub fn start() -> Result<Self> {
+        let left = netns::sweep();
+        sweep_directories();
+        if left > 0 {
+            println!("removed {left} namespaces that an earlier run left behind");
+        }
+        on_signal_clean_and_exit()?;
+        let watcher = Command::new(std::env::current_exe()?)
+            .arg("janitor")
+            .arg(std::process::id().to_string())
+            // The read end of a pipe whose write end dies with us.
+            .stdin(Stdio::piped())
+            // Ctrl-C at the terminal must not reach it.
+            .process_group(0)
+            .spawn()
+            .context("cannot start the janitor process")?;
+        Ok(Self { watcher })
+    }
+
+    /// The watcher's pid: the one child that outlives a scenario.
+    pub fn pid(&self) -> u32 {
+        self.watcher.id()
+    }
+}
+
+impl Drop for Janitor {
+    fn drop(&mut self) {
+        drop(self.watcher.stdin.take());
+        let _exit_code = self.watcher.wait();
+    }
+}
+
+/// The watcher process: waits until the run `pid` is gone, then removes what it left.
+///
+/// # Errors
+/// If standard input cannot be read.
+pub fn watch(pid: u32) -> Result<()> {
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    netns::remove_run(pid);
+    sweep_directories();
+    Ok(())
+}
+
+/// Where a run keeps logs and generated files: `/tmp/gateway-tests-<pid>`.
+pub fn directory(pid: u32) -> PathBuf {
+    std::env::temp_dir().join(format!("gateway-tests-{pid}"))
+}
+
+/// A file in the run's folder that says "a person wants to read this": such folders are not swept.
+pub fn keep(directory: &Path) {
+    let _worst_case_it_is_swept = std::fs::write(directory.join("KEEP"), "a scenario failed\n");
+}
+
+fn sweep_directories() {
+    let Ok(entries) = std::fs::read_dir(std::env::temp_dir()) else { return };
+    for entry in entries.flatten() {
+        let pid = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.strip_prefix("gateway-tests-")?.parse::<u32>().ok());
+        let Some(pid) = pid else { continue };
+        let alive = Path::new(&format!("/proc/{pid}")).exists();
+        if !alive && !entry.path().join("KEEP").exists() {
+            let _swept_by_someone_else = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn on_signal_clean_and_exit() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (mut interrupt, mut terminate) = {
+        let _context = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        println!("\ninterrupted: removing namespaces and processes");
+        let pid = std::process::id();
+        // Twice: a process that was just being started may have entered after the first look.
+        netns::remove_run(pid);
+        netns::remove_run(pid);
+        let _ = std::fs::remove_dir_all(directory(pid));
+        // 128 + SIGINT, what a shell expects of an interrupted program.
+        std::process::exit(130);
+    })?;
+    Ok(())
+}

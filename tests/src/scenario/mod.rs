@@ -1,0 +1,210 @@
+//! The runner: one table of scenarios, run one after the other, each in a topology of its own.
+//!
+//! A scenario is a plain function. It runs on a thread of its own, so that its time bound also ends one that hangs; its
+//! processes die with that thread. After each scenario nothing may be left.
+
+mod network;
+mod table;
+
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow};
+
+use crate::net::{
+    janitor::{self, Janitor},
+    netns,
+    process::{self, Logs},
+    services::{self, BigFile},
+    topology::{Plan, Topology},
+};
+
+/// One line of the table.
+pub struct Scenario {
+    /// What must hold, as a sentence.
+    pub name: &'static str,
+    /// Where it happens.
+    pub plan: fn() -> Plan,
+    /// It has failed if it takes longer.
+    pub limit: Duration,
+    /// The scenario itself.
+    pub run: fn(&mut Context) -> Result<()>,
+}
+
+/// What a scenario gets.
+pub struct Context {
+    /// The small internet.
+    pub topology: Topology,
+    /// Output of its processes.
+    pub logs: Logs,
+    /// The daemon.
+    pub gateway: PathBuf,
+    /// What transfers carry.
+    pub big: BigFile,
+}
+
+/// `gateway-tests scenarios`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Arguments {
+    /// Only scenarios whose name contains this.
+    #[arg(long)]
+    pub filter: Option<String>,
+    /// Print the names and end.
+    #[arg(long)]
+    pub list: bool,
+    /// Print the logs of scenarios that pass, too.
+    #[arg(long)]
+    pub verbose: bool,
+    /// The daemon; by default `firezone-gateway` beside this program.
+    #[arg(long)]
+    pub gateway: Option<PathBuf>,
+}
+
+/// The reason why a scenario cannot run on this machine.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+impl std::fmt::Display for Skip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// Runs what the arguments select and prints `N passed, N failed, N skipped`.
+///
+/// # Errors
+/// If the run itself cannot be set up; a failing scenario is an exit code.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let selected: Vec<&Scenario> = table::SCENARIOS
+        .iter()
+        .filter(|scenario| arguments.filter.as_deref().is_none_or(|filter| scenario.name.contains(filter)))
+        .collect();
+    if arguments.list {
+        for scenario in &selected {
+            println!("{} [{}, at most {:?}]", scenario.name, (scenario.plan)().name, scenario.limit);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let gateway = gateway_path(arguments.gateway.as_deref());
+    if let Some(reason) = cannot_run() {
+        for scenario in &selected {
+            println!("skip  {}: {reason}", scenario.name);
+        }
+        println!("\n0 passed, 0 failed, {} skipped", selected.len());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let janitor = Janitor::start()?;
+    let directory = janitor::directory(std::process::id());
+    let big = BigFile::make(&directory)?;
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for (index, scenario) in selected.iter().enumerate() {
+        let logs = directory.join(format!("{index:02}"));
+        let started = Instant::now();
+        let mut result = run_one(scenario, &logs, &gateway, &big);
+        let left = leftovers(&janitor);
+        if let (Ok(()), Some(left)) = (&result, left) {
+            result = Err(anyhow!("it left behind: {left}"));
+        }
+        let took = started.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => {
+                passed += 1;
+                println!("ok    {} ({took:.1} s)", scenario.name);
+                if arguments.verbose {
+                    print!("{}", Logs::new(logs)?.tails(40));
+                }
+            }
+            Err(error) if error.is::<Skip>() => {
+                skipped += 1;
+                println!("skip  {}: {error}", scenario.name);
+            }
+            Err(error) => {
+                failed += 1;
+                println!("FAIL  {} ({took:.1} s): {error:#}", scenario.name);
+                println!("    logs in {}", logs.display());
+                print!("{}", Logs::new(logs)?.tails(25));
+                janitor::keep(&directory);
+            }
+        }
+    }
+    if failed == 0 && !arguments.verbose {
+        let _ = std::fs::remove_dir_all(&directory);
+    }
+    println!("\n{passed} passed, {failed} failed, {skipped} skipped");
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The daemon to test: what was asked for, or what stands beside this program.
+pub fn gateway_path(asked: Option<&std::path::Path>) -> PathBuf {
+    asked.map(std::path::Path::to_path_buf).unwrap_or_else(|| {
+        let here = std::env::current_exe().unwrap_or_default();
+        here.with_file_name("firezone-gateway")
+    })
+}
+
+/// Why no scenario can run on this machine, if so.
+pub fn cannot_run() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("needs root, to make network namespaces".to_owned());
+    }
+    let missing = services::missing_programs();
+    (!missing.is_empty()).then(|| format!("these programs are not installed: {}", missing.join(", ")))
+}
+
+fn run_one(
+    scenario: &Scenario,
+    logs: &std::path::Path,
+    gateway: &std::path::Path,
+    big: &BigFile,
+) -> Result<()> {
+    let (sender, receiver) = mpsc::channel();
+    let (plan, run) = (scenario.plan, scenario.run);
+    let (logs, gateway, big) = (logs.to_path_buf(), gateway.to_path_buf(), big.clone());
+    let thread = std::thread::Builder::new().name("scenario".to_owned()).spawn(move || {
+        let result = (|| {
+            let mut context =
+                Context { topology: Topology::build(plan())?, logs: Logs::new(logs)?, gateway, big };
+            run(&mut context)
+        })();
+        let _nobody_waits_after_the_limit = sender.send(result);
+    })?;
+    match receiver.recv_timeout(scenario.limit) {
+        Ok(result) => {
+            // The answer is sent before the thread is gone, and its guards with it.
+            let _the_answer_counts = thread.join();
+            result
+        }
+        Err(mpsc::RecvTimeoutError::Timeout) => {
+            // The thread is left alone; without its processes it will find its own end.
+            netns::remove_run(std::process::id());
+            Err(anyhow!("it took longer than its bound of {:?}", scenario.limit))
+        }
+        Err(mpsc::RecvTimeoutError::Disconnected) => {
+            let panic = thread.join().err();
+            let text = panic.as_ref().and_then(|panic| {
+                panic
+                    .downcast_ref::<String>()
+                    .map(String::as_str)
+                    .or_else(|| panic.downcast_ref::<&str>().copied())
+            });
+            Err(anyhow!("it panicked: {}", text.unwrap_or("without a message")))
+        }
+    }
+}
+
+/// Namespaces, their inhabitants and child processes that outlived a scenario; they are removed.
+fn leftovers(janitor: &Janitor) -> Option<String> {
+    let namespaces = netns::of_run(std::process::id());
+    let children: Vec<_> = process::children().into_iter().filter(|(pid, _)| *pid != janitor.pid()).collect();
+    if namespaces.is_empty() && children.is_empty() {
+        return None;
+    }
+    netns::remove_run(std::process::id());
+    Some(format!("namespaces {namespaces:?}, processes {children:?}"))
+}
