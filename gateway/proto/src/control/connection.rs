@@ -96,8 +96,11 @@ enum State {
 }
 
 /// The nominated pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 struct Pair {
+    /// The agent's choice. Before that it is the client's word alone: see [`Connection::take_at_its_word`].
+    confirmed: bool,
+    priority: u64,
     /// The host or relayed address we send from.
     local: SocketAddr,
     /// The relay `local` is on; `None` for a host address.
@@ -240,6 +243,7 @@ impl Connection {
         from: SocketAddr,
         local: SocketAddr,
         via: Option<SocketAddr>,
+        shared: &mut Shared,
         now: Instant,
     ) -> bool {
         let destination = match via {
@@ -250,7 +254,7 @@ impl Connection {
                 relayed.addr
             }
         };
-        let is_request = message.is_binding_request();
+        let (is_request, nominates) = (message.is_binding_request(), message.use_candidate());
         // The agent would keep a candidate for every port a client sends from.
         if is_request && self.heard.len() >= MAX_REMOTES && !self.heard.contains(&from) {
             return false;
@@ -259,6 +263,9 @@ impl Connection {
         let accepted = self.agent.handle_packet(now, packet);
         if accepted && is_request {
             self.heard.insert(from);
+            if nominates {
+                self.take_at_its_word(destination, from, shared, now);
+            }
         }
         accepted
     }
@@ -476,18 +483,44 @@ impl Connection {
                         .then(|| self.disconnect_deadline.unwrap_or(now + DISCONNECT_GRACE));
                 }
                 IceAgentEvent::NominatedSend { source, destination, .. } => {
-                    self.on_nominated(source, destination, shared, now);
+                    self.on_nominated(source, destination, true, shared, now);
                 }
                 IceAgentEvent::IceRestart(_) | IceAgentEvent::DiscoveredRecv { .. } => {}
             }
         }
     }
 
-    fn on_nominated(&mut self, local: SocketAddr, remote: SocketAddr, shared: &mut Shared, now: Instant) {
+    /// The client nominated this pair, and our own check on it was not answered yet.
+    ///
+    /// "A request with USE-CANDIDATE marks the pair nominated even before our own check succeeded" (section 6.7);
+    /// the agent waits for its check, and the client's first handshake would wait with it. So the client's word
+    /// counts until the agent makes its first choice, which it alone keeps up to date from then on.
+    fn take_at_its_word(&mut self, local: SocketAddr, remote: SocketAddr, shared: &mut Shared, now: Instant) {
+        let ours = |c: &Candidate| matches!(c.kind(), CandidateKind::Host | CandidateKind::Relayed);
+        let known = self.agent.local_candidates().any(|c| ours(&c) && c.addr() == local)
+            && self.agent.remote_candidates().any(|c| c.addr() == remote);
+        let better = match self.pair() {
+            None => true,
+            Some(pair) => !pair.confirmed && pair.priority < self.priority(local, remote),
+        };
+        if known && better {
+            self.on_nominated(local, remote, false, shared, now);
+        }
+    }
+
+    fn on_nominated(
+        &mut self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        confirmed: bool,
+        shared: &mut Shared,
+        now: Instant,
+    ) {
         let via = self.relayed.iter().find(|r| r.addr == local).map(|r| r.relay);
         let remote_is_relay =
             self.agent.remote_candidates().any(|c| c.addr() == remote && c.kind() == CandidateKind::Relayed);
-        let pair = Pair { local, via, remote, remote_is_relay };
+        let pair =
+            Pair { confirmed, priority: self.priority(local, remote), local, via, remote, remote_is_relay };
         if let Some(old) = self.pair() {
             shared.leave_path(old.via, old.remote, self.client);
         }
@@ -496,11 +529,20 @@ impl Connection {
             self.channels.insert((relay, remote));
             shared.relays.bind(relay, remote, Use::Nominated, now);
         }
-        debug!(client = %self.client, %local, %remote, relayed = via.is_some(), "Pair nominated");
+        debug!(client = %self.client, %local, %remote, relayed = via.is_some(), confirmed, "Pair nominated");
         match &mut self.state {
             State::Connecting => self.state = State::Connected { pair, last_activity: now },
             State::Connected { pair: old, .. } | State::Idle { pair: old } => *old = pair,
         }
+    }
+
+    /// The priority of a pair; the client controls.
+    fn priority(&self, local: SocketAddr, remote: SocketAddr) -> u64 {
+        let best = |of: &mut dyn Iterator<Item = Candidate>, addr| {
+            of.filter(|c| c.addr() == addr).map(|c| c.prio()).max().unwrap_or(0)
+        };
+        let ours = best(&mut self.agent.local_candidates(), local);
+        candidates::pair_priority(best(&mut self.agent.remote_candidates(), remote), ours)
     }
 
     fn want_channel(&mut self, peer: SocketAddr, why: Use, shared: &mut Shared, now: Instant) {

@@ -66,3 +66,45 @@ impl Early {
         self.messages.front().map(|(until, _, _)| *until)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::control::tests::epoch;
+
+    #[test]
+    fn candidates_wait_two_seconds_for_their_client() {
+        let now = epoch();
+        let mut early = Early::default();
+        early.keep(client(1), lines(&["a"]), now);
+        early.keep(client(2), lines(&["x"]), now);
+        early.keep(client(1), lines(&["b", "c"]), now + Duration::from_secs(1));
+        early.invalidate(client(1), &lines(&["c"]));
+        assert_eq!(early.deadline(), Some(now + LIFE));
+        assert_eq!(early.take(client(1), now + Duration::from_millis(1999)), ["a", "b"]);
+        assert_eq!(early.take(client(1), now), [""; 0]);
+        assert_eq!(early.take(client(2), now + LIFE), [""; 0], "too old");
+    }
+
+    #[test]
+    fn what_waits_is_bounded() {
+        let now = epoch();
+        let mut early = Early::default();
+        for n in 0..2 * PLACES as u128 {
+            early.keep(client(n), vec!["x".to_owned(); 2 * LINES], now);
+        }
+        assert_eq!(early.messages.len(), PLACES);
+        assert!(early.messages.iter().all(|(_, _, lines)| lines.len() == LINES));
+        assert_eq!(early.messages[0].1, client(PLACES as u128));
+    }
+
+    fn client(n: u128) -> ClientId {
+        ClientId(Uuid::from_u128(n))
+    }
+
+    fn lines(texts: &[&str]) -> Vec<String> {
+        texts.iter().map(|t| (*t).to_owned()).collect()
+    }
+}

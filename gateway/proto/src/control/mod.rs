@@ -496,8 +496,8 @@ impl Control {
         let StunDatagram { local, from, via, ref payload } = *datagram;
         let mut used = false;
         if let Routed::For(id, message) = self.shared.router.route(payload, now) {
-            self.touch(id, now, |connection, _| {
-                used = connection.handle_stun(message, from, local, via, now)
+            self.touch(id, now, |connection, shared| {
+                used = connection.handle_stun(message, from, local, via, shared, now)
             });
         }
         if !used {
