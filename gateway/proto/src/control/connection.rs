@@ -239,7 +239,7 @@ impl Connection {
     /// `via` is the relay's address whose channel carried it, `local` where it arrived otherwise.
     pub(super) fn handle_stun(
         &mut self,
-        message: StunMessage<'_>,
+        message: &StunMessage<'_>,
         from: SocketAddr,
         local: SocketAddr,
         via: Option<SocketAddr>,
@@ -259,7 +259,7 @@ impl Connection {
         if is_request && self.heard.len() >= MAX_REMOTES && !self.heard.contains(&from) {
             return false;
         }
-        let packet = StunPacket { proto: Protocol::Udp, source: from, destination, message };
+        let packet = StunPacket { proto: Protocol::Udp, source: from, destination, message: *message };
         let accepted = self.agent.handle_packet(now, packet);
         if accepted && is_request {
             self.heard.insert(from);

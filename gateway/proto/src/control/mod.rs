@@ -39,7 +39,6 @@ use self::{
     early::Early,
     index::Indices,
     shared::Shared,
-    stun_router::Routed,
     timers::Timers,
 };
 use crate::{
@@ -495,9 +494,9 @@ impl Control {
         }
         let StunDatagram { local, from, via, ref payload } = *datagram;
         let mut used = false;
-        if let Routed::For(id, message) = self.shared.router.route(payload, now) {
+        if let Some((id, message)) = self.shared.router.route(payload, now) {
             self.touch(id, now, |connection, shared| {
-                used = connection.handle_stun(message, from, local, via, shared, now)
+                used = connection.handle_stun(&message, from, local, via, shared, now)
             });
         }
         if !used {

@@ -31,15 +31,6 @@ pub(super) struct StunRouter {
     expiring: VecDeque<(Instant, TransactionId)>,
 }
 
-/// What a STUN message is to us.
-#[derive(Debug)]
-pub(super) enum Routed<'a> {
-    /// For this client's agent.
-    For(ClientId, StunMessage<'a>),
-    /// Malformed, of no use between peers, or for nobody.
-    Nobody,
-}
-
 impl StunRouter {
     /// Requests with these credentials are the client's from now on.
     pub(super) fn insert(&mut self, local: &IceCredentials, remote: &IceCredentials, client: ClientId) {
@@ -69,24 +60,27 @@ impl StunRouter {
         self.expiring.push_back((until, transaction));
     }
 
-    /// Parses and routes what a peer sent.
-    pub(super) fn route<'a>(&self, message: &'a [u8], now: Instant) -> Routed<'a> {
+    /// Parses what a peer sent and finds whose it is; `None` for what is malformed, of no use between peers, or for
+    /// nobody.
+    pub(super) fn route<'a>(&self, message: &'a [u8], now: Instant) -> Option<(ClientId, StunMessage<'a>)> {
         // The parser warns about attributes that anybody on the Internet can send us.
-        let parsed = quietly(|| StunMessage::parse(message));
-        let (Ok(stun), Some(transaction)) = (parsed, transaction(message)) else { return Routed::Nobody };
+        let stun = quietly(|| StunMessage::parse(message)).ok()?;
         let client = if stun.is_binding_request() {
             // A peer that claims our role would make the agent switch roles, which are fixed by design
             // (connections.md section 6.5).
             if stun.ice_controlled().is_some() {
-                return Routed::Nobody;
+                return None;
             }
             stun.username().and_then(|username| self.usernames.get(username)).copied()
         } else if stun.is_successful_binding_response() {
-            self.transactions.get(&transaction).filter(|(_, until)| *until > now).map(|(client, _)| *client)
+            self.transactions
+                .get(&transaction(message)?)
+                .filter(|(_, until)| *until > now)
+                .map(|(client, _)| *client)
         } else {
             None
         };
-        client.map_or(Routed::Nobody, |client| Routed::For(client, stun))
+        client.map(|client| (client, stun))
     }
 }
 
