@@ -212,7 +212,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
-    use gateway_proto::{StunDatagram, ids::ConnectionIndex};
+    use gateway_proto::{command::StunDatagram, ids::ConnectionIndex};
     use uuid::Uuid;
 
     use super::*;
