@@ -16,8 +16,15 @@ pub mod interface;
 pub mod lock;
 pub mod sysctl;
 
+mod checksum;
+mod coalesce;
+mod gso;
+mod headers;
 mod queue;
+mod split;
+mod tun;
 mod udp;
+mod virtio;
 mod worker_thread;
 
 use std::{sync::Arc, time::Duration};
@@ -139,8 +146,15 @@ impl DataPlane {
     ///
     /// # Errors
     /// The worker had ended before, or did not end in time.
-    pub async fn close(self) -> Result<()> {
+    pub async fn close(mut self) -> Result<()> {
         self.commands.send(Command::Shutdown);
         self.worker.join(Duration::from_secs(1)).await
+    }
+}
+
+impl Drop for DataPlane {
+    fn drop(&mut self) {
+        // A worker that nobody listens to says goodbye and ends.
+        self.commands.send(Command::Shutdown);
     }
 }

@@ -116,6 +116,7 @@ pub struct DataSocket {
     pub(super) socket: UdpSocket,
     pub(super) state: UdpSocketState,
     port: u16,
+    v6: bool,
 }
 
 impl DataSocket {
@@ -147,13 +148,13 @@ impl DataSocket {
         let socket = UdpSocket::from(socket);
         let state = UdpSocketState::new((&socket).into())?;
         let port = socket.local_addr()?.port();
-        Ok(Self { socket, state, port })
+        Ok(Self { socket, state, port, v6: ip.is_ipv6() })
     }
 
     fn try_clone(&self) -> io::Result<Self> {
         let socket = self.socket.try_clone()?;
         let state = UdpSocketState::new((&socket).into())?;
-        Ok(Self { socket, state, port: self.port })
+        Ok(Self { socket, state, port: self.port, v6: self.v6 })
     }
 
     /// The port the kernel gave us.
@@ -161,9 +162,9 @@ impl DataSocket {
         self.port
     }
 
-    /// Takes and clears the pending error, so that poll does not report it for ever.
-    pub fn take_error(&self) -> io::Result<Option<io::Error>> {
-        self.socket.take_error()
+    /// Which of the two it is.
+    pub fn is_v6(&self) -> bool {
+        self.v6
     }
 }
 
@@ -255,7 +256,7 @@ impl<'a> Received<'a> {
     }
 
     /// Every datagram, super-datagrams cut at their stride. What cannot be used is counted in `drops`.
-    pub fn datagrams(self, drops: &mut Counters) -> impl Iterator<Item = Datagram<'a>> {
+    pub fn datagrams(self, drops: &mut Counters) -> impl Iterator<Item = Datagram<'a>> + use<'a> {
         let usable = |meta: &RecvMeta| match refusal(meta) {
             None => true,
             Some(reason) => {

@@ -1,0 +1,115 @@
+//! The TUN device (cli-and-service.md section 13.1).
+//!
+//! Created through tun-rs, which makes /dev/net/tun if it is missing; never with IFF_MULTI_QUEUE, so that a second
+//! process fails instead of taking half of the traffic. Reads and writes are our own.
+
+use std::{
+    io::{self, IoSlice},
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use anyhow::{Context as _, Result};
+use gateway_proto::addr::MAX_INNER;
+use tun_rs::{DeviceBuilder, SyncDevice};
+
+use super::coalesce::{Device, Offloads};
+
+/// Packets the kernel queues for us; 500, the default, loses packets at high rates over long paths.
+const QUEUE_LEN: u32 = 10_000;
+
+/// The open device. It disappears with this.
+pub struct Tun {
+    device: SyncDevice,
+    offloads: Offloads,
+}
+
+impl Tun {
+    /// Creates the device `name`, down and without addresses, in the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// One sentence: no right, no TUN driver, or another process has the device.
+    pub fn create(name: &str) -> Result<Self> {
+        let device = match build(name, true) {
+            Ok(device) => device,
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::info!("The kernel offers no offloads on TUN devices: {e}");
+                build(name, false).with_context(|| why(name, &e))?
+            }
+            Err(e) => {
+                let why = why(name, &e);
+                return Err(e).context(why);
+            }
+        };
+        device.set_nonblocking(true).context("Failed to make the TUN device non-blocking")?;
+        if let Err(e) = device.set_tx_queue_len(QUEUE_LEN) {
+            tracing::info!("The queue of {name} keeps its length: {e}");
+        }
+        let offloads = Offloads { vnet: device.tcp_gso(), uso: device.udp_gso() };
+        if offloads.vnet && !offloads.uso {
+            tracing::info!("The kernel offers no UDP segmentation on TUN devices (Linux 6.2 does)");
+        }
+        Ok(Self { device, offloads })
+    }
+
+    /// Whether packets are preceded by virtio headers.
+    pub fn has_headers(&self) -> bool {
+        self.offloads.vnet
+    }
+
+    /// Reads one packet, with its virtio header if there are such.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing waits; anything else means that the device is gone.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(&self.device, buffer)?)
+    }
+}
+
+impl Device for &Tun {
+    fn write(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        loop {
+            match rustix::io::writev(&self.device, parts) {
+                Ok(_) => return Ok(()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+}
+
+fn build(name: &str, offload: bool) -> io::Result<SyncDevice> {
+    let mtu = u16::try_from(MAX_INNER).unwrap_or(u16::MAX);
+    DeviceBuilder::new()
+        .name(name)
+        .mtu(mtu)
+        .enable(false)
+        .with(|builder| {
+            builder.offload(offload).multi_queue(false).packet_information(false);
+        })
+        .build_sync()
+}
+
+fn why(name: &str, error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            format!("Failed to create the TUN device {name}; run as root or grant CAP_NET_ADMIN")
+        }
+        Some(libc::EBUSY) => format!("The TUN device {name} is in use by another process; stop that first"),
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            format!(
+                "Failed to create the TUN device {name}: is the kernel's tun module loaded (modprobe tun)?"
+            )
+        }
+        _ => format!("Failed to create the TUN device {name}"),
+    }
+}
