@@ -60,6 +60,16 @@ drop_reasons! {
     DataReplayed => "data_replayed",
     /// STUN that belongs to no relay and no client.
     UnmatchedStun => "unmatched_stun",
+    /// From a relay: not a valid STUN message, or a success without what it must carry.
+    MalformedStun => "malformed_stun",
+    /// From a relay: an answer without valid MESSAGE-INTEGRITY.
+    RelayUnauthenticated => "relay_unauthenticated",
+    /// From a relay: an answer to nothing in flight, a request, an indication.
+    RelayUnexpected => "relay_unexpected",
+    /// A check towards a peer that no channel is bound to yet.
+    NoChannel => "no_channel",
+    /// A channel was wanted, but the relay's numbers have run low or out.
+    ChannelsExhausted => "channels_exhausted",
     /// The queue to the control plane had no place for another event of this kind.
     ControlQueueFull => "control_queue_full",
 

@@ -1,0 +1,452 @@
+//! The channels of one allocation: numbers, lifetimes, who goes without (connections.md section 8.7).
+//!
+//! Bookkeeping only: it says what to bind and when; `allocation` sends the requests.
+//!
+//! ```text
+//!            bind sent              success             600 s, or not refreshed      900 s after the last
+//!   (free) -----------> Binding ---------------> Bound ------------------------> Lapsed ----------------> (free)
+//!                          |         240 s, in use ^ |  refresh              ^       | wanted again
+//!                          | refused               +-+                       +- Rebinding <-+
+//!                          +------------> Refused (number kept from others, peer backed off)
+//! ```
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use rustc_hash::FxHashMap;
+
+use super::event::Use;
+
+/// The numbers that work end to end (relay-dialect.md section 3).
+pub(super) const FIRST: u16 = 0x4000;
+pub(super) const LAST: u16 = 0x4FFF;
+const COUNT: usize = (LAST - FIRST) as usize + 1;
+/// With fewer numbers left than this, merely signalled candidates go without.
+const RESERVE: usize = COUNT / 8;
+/// A channel's life without a refresh (RFC 8656 section 12).
+pub(super) const LIFETIME: Duration = Duration::from_secs(600);
+/// Refresh of a channel in use: below the 300 s a permission lives (RFC 8656 section 9), with room for a repetition.
+pub(super) const REFRESH: Duration = Duration::from_secs(240);
+/// No other peer gets the number before this time after its last bind (RFC 8656 section 12: lifetime + 5 min).
+pub(super) const REUSE: Duration = Duration::from_secs(900);
+/// A peer the server refused is not asked for again before this: checks would repeat it every 250 ms.
+const BACKOFF: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+struct Channel {
+    peer: SocketAddr,
+    why: Use,
+    /// No connection wants it.
+    released: bool,
+    /// Data went either way since the last bind.
+    used: bool,
+    /// When the last bind was sent or the last data came.
+    touched: Instant,
+    state: State,
+    due: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Binding,
+    Bound { since: Instant, refreshing: bool },
+    Lapsed,
+    Rebinding,
+    Refused { at: Instant },
+}
+
+/// The outcome of asking for a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// There is one, or it is on its way, or the server refused it a moment ago.
+    Nothing,
+    /// Send a bind for this number.
+    Bind(u16),
+    /// No number for this kind of use.
+    Exhausted,
+}
+
+/// What a deadline brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    /// Send a bind for this bound channel.
+    Refresh(u16),
+    /// A confirmed channel lapsed.
+    Gone(u16, SocketAddr),
+    /// A number is free again.
+    Free,
+}
+
+#[derive(Debug)]
+pub(super) struct Channels {
+    by_number: FxHashMap<u16, Channel>,
+    by_peer: FxHashMap<SocketAddr, u16>,
+    due: BTreeSet<(Instant, u16)>,
+    next: u16,
+}
+
+impl Default for Channels {
+    fn default() -> Self {
+        Self {
+            by_number: FxHashMap::default(),
+            by_peer: FxHashMap::default(),
+            due: BTreeSet::new(),
+            next: FIRST,
+        }
+    }
+}
+
+impl Channels {
+    /// Somebody wants a channel to `peer`.
+    pub(super) fn want(&mut self, peer: SocketAddr, why: Use, now: Instant) -> Wanted {
+        let Some(number) = self.by_peer.get(&peer).copied() else { return self.take(peer, why, now) };
+        let channel = self.by_number.get_mut(&number).expect("every peer's number has its channel");
+        channel.why = if channel.released { why } else { channel.why.max(why) };
+        channel.released = false;
+        match channel.state {
+            State::Refused { at } if now >= at + BACKOFF => {
+                self.by_peer.remove(&peer);
+                self.take(peer, why, now)
+            }
+            State::Refused { .. } | State::Binding | State::Rebinding => Wanted::Nothing,
+            State::Lapsed => {
+                channel.state = State::Rebinding;
+                self.set_due(number, None);
+                Wanted::Bind(number)
+            }
+            State::Bound { .. } => self.refresh_if_late(number, now),
+        }
+    }
+
+    /// Next-fit over the numbers nobody holds.
+    fn take(&mut self, peer: SocketAddr, why: Use, now: Instant) -> Wanted {
+        let free = COUNT - self.by_number.len();
+        if free == 0 || (why == Use::Signalled && free < RESERVE) {
+            return Wanted::Exhausted;
+        }
+        while self.by_number.contains_key(&self.next) {
+            self.next = after(self.next);
+        }
+        let number = self.next;
+        self.next = after(number);
+        let channel = Channel {
+            peer,
+            why,
+            released: false,
+            used: false,
+            touched: now,
+            state: State::Binding,
+            due: None,
+        };
+        self.by_number.insert(number, channel);
+        self.by_peer.insert(peer, number);
+        Wanted::Bind(number)
+    }
+
+    /// Nobody wants the channel any more: it lapses unless that changes.
+    pub(super) fn release(&mut self, peer: SocketAddr) {
+        if let Some(channel) = self.by_peer.get(&peer).and_then(|number| self.by_number.get_mut(number)) {
+            channel.released = true;
+        }
+    }
+
+    /// All numbers are taken and a nominated path has none: the merely signalled channel that was touched longest
+    /// ago is not refreshed any more. Its number is free 900 s after its last bind: earlier the server would refuse it.
+    pub(super) fn give_up_a_signalled_one(&mut self) {
+        let signalled = self.by_number.values_mut().filter(|c| c.why == Use::Signalled && !c.released);
+        if let Some(channel) = signalled.min_by_key(|c| c.touched) {
+            channel.released = true;
+        }
+    }
+
+    /// The number `peer`'s data may be sent on: its first bind is in flight, or it was confirmed less than 600 s ago.
+    pub(super) fn sendable(&self, peer: SocketAddr, now: Instant) -> Option<u16> {
+        let number = *self.by_peer.get(&peer)?;
+        match self.by_number.get(&number)?.state {
+            State::Binding => Some(number),
+            State::Bound { since, .. } => (now < since + LIFETIME).then_some(number),
+            State::Lapsed | State::Rebinding | State::Refused { .. } => None,
+        }
+    }
+
+    /// A bind of `number` went out: the server may hold the number from now on.
+    pub(super) fn on_bind_sent(&mut self, number: u16, now: Instant) {
+        if let Some(channel) = self.by_number.get_mut(&number) {
+            channel.touched = now;
+        }
+    }
+
+    /// The server confirmed `number`. The peer, if the channel was not bound before.
+    pub(super) fn on_bound(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
+        let channel = self.by_number.get_mut(&number)?;
+        let was_bound = matches!(channel.state, State::Bound { .. });
+        channel.state = State::Bound { since: now, refreshing: false };
+        channel.used = false;
+        let peer = channel.peer;
+        self.set_due(number, Some(now + REFRESH));
+        (!was_bound).then_some(peer)
+    }
+
+    /// The server refused `number`. The peer, if the channel was bound until now.
+    pub(super) fn on_refused(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
+        let channel = self.by_number.get_mut(&number)?;
+        let was_bound = matches!(channel.state, State::Bound { .. });
+        channel.state = State::Refused { at: now };
+        let (peer, free_at) = (channel.peer, channel.touched + REUSE);
+        self.set_due(number, Some(free_at.max(now + BACKOFF)));
+        was_bound.then_some(peer)
+    }
+
+    /// Data went over `number`. A bind for it, if the refresh is overdue.
+    pub(super) fn on_used(&mut self, number: u16, received: bool, now: Instant) -> Wanted {
+        let Some(channel) = self.by_number.get_mut(&number) else { return Wanted::Nothing };
+        channel.used = true;
+        if received {
+            channel.touched = channel.touched.max(now);
+        }
+        match channel.state {
+            State::Bound { .. } => self.refresh_if_late(number, now),
+            State::Lapsed if received => {
+                let free_at = channel.touched + REUSE;
+                self.set_due(number, Some(free_at));
+                Wanted::Nothing
+            }
+            _ => Wanted::Nothing,
+        }
+    }
+
+    fn refresh_if_late(&mut self, number: u16, now: Instant) -> Wanted {
+        let channel = self.by_number.get_mut(&number).expect("the caller found it");
+        let in_use = !channel.released && (channel.used || channel.why == Use::Nominated);
+        match &mut channel.state {
+            State::Bound { since, refreshing } if in_use && !*refreshing && now >= *since + REFRESH => {
+                *refreshing = true;
+                Wanted::Bind(number)
+            }
+            _ => Wanted::Nothing,
+        }
+    }
+
+    /// The peer of `number` and why it is wanted.
+    pub(super) fn peer(&self, number: u16) -> Option<(SocketAddr, Use)> {
+        self.by_number.get(&number).map(|channel| (channel.peer, channel.why))
+    }
+
+    /// The allocation is gone and all channels with it. Those that were confirmed, in order of number.
+    ///
+    /// Numbers go on from where they were, so that a late packet does not meet another peer's channel.
+    pub(super) fn clear(&mut self) -> Vec<(u16, SocketAddr)> {
+        self.by_peer.clear();
+        self.due.clear();
+        let confirmed = |(number, channel): (u16, Channel)| {
+            matches!(channel.state, State::Bound { .. }).then_some((number, channel.peer))
+        };
+        let mut gone: Vec<_> = self.by_number.drain().filter_map(confirmed).collect();
+        gone.sort_unstable();
+        gone
+    }
+
+    /// The next thing that is due.
+    pub(super) fn pop_due(&mut self, now: Instant) -> Option<Due> {
+        loop {
+            let (due, number) = *self.due.first()?;
+            if due > now {
+                return None;
+            }
+            let channel = self.by_number.get_mut(&number).expect("every deadline has its channel");
+            let peer = channel.peer;
+            match channel.state {
+                State::Bound { since, refreshing } if now < since + LIFETIME => {
+                    self.set_due(number, Some(since + LIFETIME));
+                    if !refreshing && let Wanted::Bind(number) = self.refresh_if_late(number, now) {
+                        return Some(Due::Refresh(number));
+                    }
+                }
+                State::Bound { refreshing, .. } => {
+                    // A refresh in flight may still confirm it.
+                    channel.state = if refreshing { State::Rebinding } else { State::Lapsed };
+                    let free_at = channel.touched + REUSE;
+                    self.set_due(number, (!refreshing).then_some(free_at));
+                    return Some(Due::Gone(number, peer));
+                }
+                State::Lapsed | State::Refused { .. } => {
+                    self.set_due(number, None);
+                    self.by_number.remove(&number);
+                    if self.by_peer.get(&peer) == Some(&number) {
+                        self.by_peer.remove(&peer);
+                    }
+                    return Some(Due::Free);
+                }
+                State::Binding | State::Rebinding => self.set_due(number, None),
+            }
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.due.first().map(|(due, _)| *due)
+    }
+
+    fn set_due(&mut self, number: u16, due: Option<Instant>) {
+        let channel = self.by_number.get_mut(&number).expect("the caller found it");
+        if let Some(old) = std::mem::replace(&mut channel.due, due) {
+            self.due.remove(&(old, number));
+        }
+        if let Some(due) = due {
+            self.due.insert((due, number));
+        }
+    }
+}
+
+fn after(number: u16) -> u16 {
+    if number >= LAST { FIRST } else { number + 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::relay::twin::start;
+
+    fn peer(n: usize) -> SocketAddr {
+        let port = u16::try_from(n % 60_000).unwrap() + 1;
+        let host = u8::try_from(n / 60_000).unwrap();
+        SocketAddr::from(([10, 0, 0, host], port))
+    }
+
+    fn bound(channels: &mut Channels, n: usize, why: Use, now: Instant) -> u16 {
+        let Wanted::Bind(number) = channels.want(peer(n), why, now) else { panic!("no number for {n}") };
+        channels.on_bind_sent(number, now);
+        assert_eq!(channels.on_bound(number, now), Some(peer(n)));
+        number
+    }
+
+    const fn secs(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    #[test]
+    fn data_may_be_sent_while_the_first_bind_is_in_flight_and_for_600_s_after() {
+        let t = start();
+        let mut channels = Channels::default();
+        assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
+        assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Nothing);
+        assert_eq!(channels.sendable(peer(1), t), Some(0x4000));
+        assert_eq!(channels.on_bound(0x4000, t), Some(peer(1)));
+        assert_eq!(channels.sendable(peer(1), t + secs(599)), Some(0x4000));
+        assert_eq!(channels.sendable(peer(1), t + secs(600)), None);
+        assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(0x4000, peer(1))));
+        assert_eq!(channels.want(peer(1), Use::Checked, t + secs(700)), Wanted::Bind(0x4000));
+        assert_eq!(channels.sendable(peer(1), t + secs(700)), None, "a lapsed number waits for the success");
+        assert_eq!(channels.on_bound(0x4000, t + secs(701)), Some(peer(1)));
+        assert_eq!(channels.sendable(peer(1), t + secs(701)), Some(0x4000));
+    }
+
+    #[test]
+    fn only_channels_in_use_are_refreshed_at_240_s() {
+        let t = start();
+        let table = [
+            ("nothing happened", Use::Checked, None, false, None),
+            ("data came", Use::Signalled, Some(true), false, Some(240)),
+            ("data went", Use::Checked, Some(false), false, Some(240)),
+            ("nominated", Use::Nominated, None, false, Some(240)),
+            ("nominated, then released", Use::Nominated, Some(true), true, None),
+        ];
+        for (name, why, used, released, expect) in table {
+            let mut channels = Channels::default();
+            let number = bound(&mut channels, 1, why, t);
+            if let Some(received) = used {
+                assert_eq!(channels.on_used(number, received, t + secs(5)), Wanted::Nothing, "{name}");
+            }
+            if released {
+                channels.release(peer(1));
+            }
+            assert_eq!(channels.poll_timeout(), Some(t + secs(240)), "{name}");
+            assert_eq!(channels.pop_due(t + secs(240)), expect.map(|_| Due::Refresh(number)), "{name}");
+            assert_eq!(channels.pop_due(t + secs(240)), None, "{name}");
+            assert_eq!(channels.poll_timeout(), Some(t + secs(600)), "{name}");
+        }
+    }
+
+    #[test]
+    fn data_on_a_quiet_channel_refreshes_it_at_once() {
+        let t = start();
+        let mut channels = Channels::default();
+        let number = bound(&mut channels, 1, Use::Checked, t);
+        assert_eq!(channels.pop_due(t + secs(240)), None);
+        assert_eq!(channels.on_used(number, false, t + secs(400)), Wanted::Bind(number));
+        assert_eq!(channels.on_used(number, false, t + secs(401)), Wanted::Nothing, "one refresh at a time");
+        assert_eq!(channels.on_bound(number, t + secs(402)), None, "it was bound all the time");
+    }
+
+    #[test]
+    fn a_number_serves_another_peer_900_s_after_its_last_bind_and_data() {
+        let t = start();
+        let mut channels = Channels::default();
+        let first = bound(&mut channels, 1, Use::Checked, t);
+        assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(first, peer(1))));
+        assert_eq!(channels.on_used(first, true, t + secs(700)), Wanted::Nothing);
+        assert_eq!(channels.pop_due(t + secs(900)), None);
+        assert_eq!(channels.poll_timeout(), Some(t + secs(1600)));
+        assert_eq!(channels.pop_due(t + secs(1600)), Some(Due::Free));
+        channels.next = FIRST;
+        assert_eq!(channels.want(peer(2), Use::Checked, t + secs(1600)), Wanted::Bind(first));
+    }
+
+    #[test]
+    fn when_numbers_run_low_the_signalled_go_without_and_at_the_end_one_is_given_up() {
+        let t = start();
+        let mut channels = Channels::default();
+        let mut n = 0;
+        while channels.want(peer(n), Use::Signalled, t) != Wanted::Exhausted {
+            let number = FIRST + u16::try_from(n).unwrap();
+            channels.on_bound(number, t);
+            channels.on_used(number, true, t);
+            n += 1;
+        }
+        assert_eq!(n, COUNT - RESERVE + 1);
+        while channels.want(peer(n), Use::Checked, t) != Wanted::Exhausted {
+            n += 1;
+        }
+        assert_eq!(n, COUNT);
+        assert_eq!(channels.want(peer(n), Use::Nominated, t), Wanted::Exhausted);
+        let refreshed = |channels: &mut Channels| {
+            std::iter::from_fn(|| channels.pop_due(t + secs(240)))
+                .filter(|d| matches!(d, Due::Refresh(_)))
+                .count()
+        };
+        channels.give_up_a_signalled_one();
+        assert_eq!(refreshed(&mut channels), COUNT - RESERVE, "one less than were bound");
+    }
+
+    #[test]
+    fn a_refused_peer_is_left_alone_for_30_s_and_its_number_for_900_s() {
+        let t = start();
+        let mut channels = Channels::default();
+        assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
+        channels.on_bind_sent(0x4000, t);
+        assert_eq!(channels.on_refused(0x4000, t), None);
+        assert_eq!(channels.sendable(peer(1), t), None);
+        assert_eq!(channels.want(peer(1), Use::Checked, t + secs(29)), Wanted::Nothing);
+        assert_eq!(channels.want(peer(1), Use::Checked, t + secs(30)), Wanted::Bind(0x4001));
+        assert_eq!(channels.pop_due(t + secs(899)), None);
+        assert_eq!(channels.pop_due(t + secs(900)), Some(Due::Free));
+        assert_eq!(
+            channels.sendable(peer(1), t + secs(900)),
+            Some(0x4001),
+            "the old number takes nothing with it"
+        );
+    }
+
+    #[test]
+    fn clearing_names_the_confirmed_ones_and_numbers_go_on() {
+        let t = start();
+        let mut channels = Channels::default();
+        bound(&mut channels, 1, Use::Checked, t);
+        assert_eq!(channels.want(peer(2), Use::Checked, t), Wanted::Bind(0x4001));
+        assert_eq!(channels.clear(), [(0x4000, peer(1))]);
+        assert_eq!(channels.poll_timeout(), None);
+        assert_eq!(channels.want(peer(2), Use::Checked, t), Wanted::Bind(0x4002));
+    }
+}
