@@ -202,19 +202,15 @@ impl Allocation {
         if !keep {
             return false;
         }
-        for at in 0..2 {
-            if self.servers[at] == servers[at] {
-                continue;
-            }
-            self.servers[at].clone_from(&servers[at]);
-            if self.is_suspended() {
-                continue;
-            }
-            if let Some(server) = &servers[at] {
+        let suspended = self.is_suspended();
+        let known = std::mem::replace(&mut self.servers, servers.clone());
+        for server in servers.iter().flatten().filter(|server| !known.iter().flatten().any(|k| k == *server))
+        {
+            if !suspended {
                 self.request(Request::Binding, server.addr, LADDER, now, out);
             }
         }
-        if self.is_suspended() {
+        if suspended {
             self.search(now, out);
         }
         true
@@ -355,10 +351,9 @@ impl Allocation {
     /// Asks every server for a first sign of life.
     fn search(&mut self, now: Instant, out: &mut Out) {
         self.state = State::Searching;
-        for at in 0..2 {
-            if let Some(server) = self.servers[at].as_ref().map(|server| server.addr) {
-                self.request(Request::Binding, server, LADDER, now, out);
-            }
+        let servers: Vec<_> = self.addresses().collect();
+        for server in servers {
+            self.request(Request::Binding, server, LADDER, now, out);
         }
     }
 

@@ -43,7 +43,11 @@ mod fixtures;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
+mod rules;
+#[cfg(test)]
 pub(crate) mod twin;
+#[cfg(test)]
+mod world;
 
 use allocation::{Allocation, Out, Server, Servers};
 use codec::Credentials;

@@ -158,10 +158,10 @@ impl Twin {
         }
         self.allocations.retain(|_, granted| granted.until > now);
         if !self.listen.contains(&packet.dst) {
-            return self.from_peer(packet, now).into_iter().collect();
+            return self.relay_to_client(packet, now).into_iter().collect();
         }
         if let Some(data) = gateway_common::channel_data::parse(&packet.payload) {
-            return self.from_client(packet.src, data.number, data.payload, now).into_iter().collect();
+            return self.relay_to_peer(packet.src, data.number, data.payload, now).into_iter().collect();
         }
         let Ok(message) = Message::from_bytes(&packet.payload) else { return Vec::new() };
         if message.class() != MessageClass::Request {
@@ -177,7 +177,7 @@ impl Twin {
         answer.map(|payload| Packet { src: packet.dst, dst: packet.src, payload }).into_iter().collect()
     }
 
-    fn from_client(&self, client: SocketAddr, number: u16, payload: &[u8], now: Instant) -> Option<Packet> {
+    fn relay_to_peer(&self, client: SocketAddr, number: u16, payload: &[u8], now: Instant) -> Option<Packet> {
         let granted = self.allocations.get(&client)?;
         let (peer, bound) = *granted.channels.get(&number)?;
         let life = self.permission_life();
@@ -185,7 +185,7 @@ impl Twin {
         (now < bound + life).then(|| Packet { src, dst: peer, payload: payload.to_vec() })
     }
 
-    fn from_peer(&self, packet: &Packet, now: Instant) -> Option<Packet> {
+    fn relay_to_client(&self, packet: &Packet, now: Instant) -> Option<Packet> {
         let (client, granted) = self.allocations.iter().find(|(_, g)| g.relayed.contains(&packet.dst))?;
         let channel = granted.channels.iter().find(|(_, (peer, _))| *peer == packet.src);
         let life = self.permission_life();
