@@ -583,3 +583,19 @@ fn agent(local: &IceCredentials, remote: &IceCredentials, tie_breaker: u64, now:
     });
     agent
 }
+
+#[cfg(test)]
+impl Connection {
+    /// Did our own check confirm the nominated pair?
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.pair().is_some_and(|pair| pair.confirmed)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle { .. })
+    }
+
+    pub(super) fn relay(&self) -> Option<RelayId> {
+        self.relay
+    }
+}

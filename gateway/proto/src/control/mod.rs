@@ -28,7 +28,7 @@ use std::{
 };
 
 use gateway_common::{Counters, DropReason};
-use rand::{Rng, SeedableRng, rngs::SmallRng};
+use rand::{Rng, SeedableRng, rngs::StdRng};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tracing::{debug, info, warn};
 
@@ -58,7 +58,7 @@ const MAX_USERNAME: usize = 128;
 /// What control starts from.
 #[derive(Debug, Clone, Copy)]
 pub struct Config {
-    /// Feeds indices, tie-breakers, transaction ids and the choice among relays.
+    /// Feeds indices, tie-breakers, transaction ids and the choice among relays. It must not be guessable.
     pub seed: u64,
     /// The time since 1970-01-01 UTC at `now`.
     pub unix_now: Duration,
@@ -105,7 +105,7 @@ pub struct Control {
     indices: Indices,
     indices_in_use: FxHashSet<ConnectionIndex>,
     answered_relays: FxHashSet<RelayId>,
-    rng: SmallRng,
+    rng: StdRng,
     portal_is_connected: bool,
     commands: VecDeque<Command>,
     /// Clients whose state the workers do not have yet, each once.
@@ -130,7 +130,7 @@ impl Control {
     /// Knows nobody; the portal counts as away until [`Control::handle_portal_connected`].
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let mut rng = SmallRng::seed_from_u64(config.seed);
+        let mut rng = StdRng::seed_from_u64(config.seed);
         Self {
             clients: FxHashMap::default(),
             shared: Shared::new(Relays::new(rng.random())),
@@ -682,5 +682,7 @@ fn are_usable(local: &IceCredentials, remote: &IceCredentials) -> bool {
         && local.username.len() + 1 + remote.username.len() <= MAX_USERNAME
 }
 
+#[cfg(test)]
+mod sim;
 #[cfg(test)]
 mod tests;
