@@ -1,12 +1,66 @@
 //! The data plane's state: every client belongs to exactly one worker, which alone holds its WireGuard state,
 //! policy and paths.
+//!
+//! This file is the spine: it calls the steps in the order packets meet them, and it alone knows them all. It must
+//! not know a header layout, a WireGuard message or a rule.
+//!
+//! ```text
+//! outbound   datagram -> demux -> wg (open) -> outbound (decide) -> ecn (merge) -> Sink: packet to the TUN
+//!                          |  \                   \-> icmp (deny) -> send (seal) -> Sink: datagram
+//!                          |   \-> handshake (admit) -> wg -> send (message)
+//!                          \-> events: STUN to control
+//! inbound    packet from the TUN -> inbound (decide) -> send (seal: wg, ecn) -> Sink: datagram
+//! time       wheel -> wg (tick) -> send (message)
+//! ```
+//!
+//! Every input is counted exactly once: in [`Counters`] if it was dropped, in [`Traffic`] if it was not.
 
-use std::time::Instant;
+mod bucket;
+mod checksum;
+mod control_packet;
+mod demux;
+mod ecn;
+mod events;
+mod handshake;
+mod icmp;
+mod inbound;
+mod inner;
+mod outbound;
+mod peer;
+mod peers;
+mod policy;
+mod send;
+#[cfg(test)]
+mod testkit;
+#[cfg(test)]
+mod tests;
+mod wg;
+mod wheel;
 
-use gateway_common::{Counters, DropReason, PayloadKind, classify};
+use std::{sync::Arc, time::Instant};
+
+use gateway_common::{
+    Counters, DropReason, PayloadKind,
+    classify::{self},
+};
 use x25519_dalek::StaticSecret;
 
-use crate::{Command, Datagram, Sink, WorkerEvent};
+use self::{
+    control_packet::Control,
+    demux::{Arrival, Demux},
+    events::Events,
+    handshake::{Admission, COOKIE_REPLY, Gate},
+    outbound::{Own, Verdict},
+    peer::Peer,
+    peers::{Peers, Slot},
+    wg::{Act, HANDSHAKE_MAX},
+    wheel::{CALM, Wheel},
+};
+use crate::{
+    ClientId, Command, ConnectionIndex, Datagram, Ecn, Route, Sink, WorkerEvent,
+    addr::MAX_INNER,
+    command::{ClientState, StunDatagram},
+};
 
 /// What a worker is started with.
 pub struct Config {
@@ -14,13 +68,13 @@ pub struct Config {
     pub private_key: StaticSecret,
     /// Let clients reach every port of the gateway's own tunnel address, not only DNS and ICMP echo.
     pub allow_own_ip: bool,
-    /// Seeds the timers' spread.
+    /// Spreads timers and hash buckets.
     pub seed: u64,
     /// The present.
     pub now: Instant,
 }
 
-/// What one worker carried, by direction and by the kind of path.
+/// What one worker did with all that it did not drop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Traffic {
     /// Client to resource, arrived on our own address.
@@ -31,6 +85,16 @@ pub struct Traffic {
     pub inbound_direct: Volume,
     /// Resource to client, sent through a channel of ours.
     pub inbound_relayed: Volume,
+    /// Empty data messages received.
+    pub keepalives: u64,
+    /// Handshake messages (initiation, response, cookie reply) accepted.
+    pub handshakes: u64,
+    /// Control packets received inside tunnels (packets.md section 6).
+    pub control: u64,
+    /// STUN messages passed to control.
+    pub stun: u64,
+    /// ICMP denials sent. They answer packets that are counted as dropped.
+    pub denials: u64,
 }
 
 /// Inner packets passed on.
@@ -44,6 +108,14 @@ pub struct Volume {
 
 /// One worker.
 pub struct Worker {
+    gate: Gate,
+    own: Own,
+    demux: Demux,
+    peers: Peers,
+    wheel: Wheel,
+    /// The next new connection's place within a second of the wheel.
+    spread: u64,
+    events: Events,
     counters: Counters,
     traffic: Traffic,
 }
@@ -52,13 +124,37 @@ impl Worker {
     /// A worker without clients.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let _ = config;
-        Self { counters: Counters::default(), traffic: Traffic::default() }
+        Self {
+            gate: Gate::new(config.private_key, config.seed),
+            own: Own { addrs: None, allow_all: config.allow_own_ip },
+            demux: Demux::default(),
+            peers: Peers::default(),
+            wheel: Wheel::new(config.now),
+            spread: config.seed,
+            events: Events::new(),
+            counters: Counters::default(),
+            traffic: Traffic::default(),
+        }
     }
 
-    /// Control says what is true now. Goodbyes go out through `sink`.
+    /// Control says what is true now. Goodbyes, and handshake replies that waited for a path, go out by `sink`.
     pub fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink) {
-        let _ = (command, now, sink);
+        match command {
+            Command::OwnAddrs(addrs) => self.own.addrs = Some(addrs),
+            Command::Client { id, desired: Some(state) } => self.apply(id, &state, now, sink),
+            Command::Client { id, desired: None } => {
+                if let Some(peer) = self.peers.by_id(id).and_then(|slot| self.peers.remove(slot)) {
+                    self.say_goodbye(peer, now, sink);
+                }
+            }
+            Command::Relays(servers) => self.demux.set_relays(&servers),
+            Command::Channel { server, number, peer } => self.demux.set_channel((server, number), peer),
+            Command::Shutdown => {
+                for peer in self.peers.drain() {
+                    self.say_goodbye(peer, now, sink);
+                }
+            }
+        }
     }
 
     /// A batch of received UDP payloads.
@@ -68,43 +164,53 @@ impl Worker {
         now: Instant,
         sink: &mut impl Sink,
     ) {
-        let _ = (now, sink);
         for datagram in batch {
-            let reason = match classify(datagram.payload) {
-                PayloadKind::Empty => DropReason::EmptyDatagram,
-                _ => DropReason::UnknownPayload,
-            };
-            self.counters.count(reason);
+            if let Err(reason) = self.handle_datagram(&datagram, now, sink) {
+                self.counters.count(reason);
+            }
         }
     }
 
-    /// A batch of IP packets from the TUN device.
+    /// A batch of IP packets from the TUN device, checksums complete.
     pub fn handle_packets<'a>(
         &mut self,
         batch: impl IntoIterator<Item = &'a mut [u8]>,
         now: Instant,
         sink: &mut impl Sink,
     ) {
-        let _ = (now, sink);
-        for _ in batch {
-            self.counters.count(DropReason::NotAPeer);
+        for packet in batch {
+            if let Err(reason) = self.handle_packet(packet, now, sink) {
+                self.counters.count(reason);
+            }
         }
     }
 
     /// The deadline of [`Worker::poll_timeout`] has passed.
     pub fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink) {
-        let _ = (now, sink);
+        while let Some((tick, slots)) = self.wheel.turn(now) {
+            for slot in &slots {
+                if self.peers.get_mut(*slot).is_some_and(|peer| peer.due == tick) {
+                    self.run_timers(*slot, now, sink);
+                }
+            }
+            self.wheel.turned(slots);
+        }
+        if self.events.holds_channels() && self.demux.poll_timeout().is_some_and(|at| at <= now) {
+            self.demux.postpone_report(now);
+        } else if let Some(used) = self.demux.report(now) {
+            self.events.push(WorkerEvent::ChannelsUsed(used));
+        }
     }
 
     /// What control must hear; `None` once the queue is empty.
     pub fn poll_event(&mut self) -> Option<WorkerEvent> {
-        None
+        self.events.pop()
     }
 
     /// When [`Worker::handle_timeout`] wants to be called next; `None` while there is nothing to time.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        None
+        [self.wheel.poll_timeout(), self.demux.poll_timeout()].into_iter().flatten().min()
     }
 
     /// Packets dropped so far, by reason.
@@ -118,9 +224,282 @@ impl Worker {
         &mut self.counters
     }
 
-    /// Inner packets passed on so far.
+    /// What was not dropped so far.
     #[must_use]
     pub fn traffic(&self) -> &Traffic {
         &self.traffic
+    }
+
+    // Outbound: from the network.
+
+    #[inline]
+    fn handle_datagram(
+        &mut self,
+        datagram: &Datagram<'_>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), DropReason> {
+        let arrival = self.demux.unwrap(datagram, now)?;
+        match arrival.kind {
+            PayloadKind::Data => self.handle_data(&arrival, now, sink),
+            PayloadKind::Stun => self.handle_stun(&arrival),
+            PayloadKind::HandshakeInitiation => self.handle_initiation(&arrival, now, sink),
+            _ => self.handle_answer(&arrival, now, sink),
+        }
+    }
+
+    #[inline]
+    fn handle_data(
+        &mut self,
+        arrival: &Arrival<'_>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), DropReason> {
+        let slot = self.receiver(arrival)?;
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownSession)?;
+        let link = peer.link.as_deref_mut().ok_or(DropReason::UnknownSession)?;
+        // Header 16; what remains is the packet and its tag.
+        let room = arrival.payload.len().saturating_sub(16);
+        if room > MAX_INNER + 16 {
+            return Err(DropReason::OversizedInner);
+        }
+        let buffer = sink.reserve_packet(room).ok_or(DropReason::Backpressure)?;
+        let opened = link.wg.open(arrival.payload, buffer, now)?;
+        let index = link.index;
+        if opened.established {
+            self.events.push(WorkerEvent::Established { id: peer.id, index });
+        }
+        let packet = match opened.packet? {
+            0 => {
+                self.traffic.keepalives += 1;
+                return Ok(());
+            }
+            len => &mut buffer[..len],
+        };
+        tell_activity(peer, index, &mut self.events, now);
+
+        match outbound::decide(peer, packet, self.own) {
+            Verdict::ToTun => {
+                ecn::merge(arrival.ecn, packet);
+                let len = packet.len();
+                sink.commit_packet(len);
+                let relayed = arrival.via.is_some();
+                let volume = if relayed {
+                    &mut self.traffic.outbound_relayed
+                } else {
+                    &mut self.traffic.outbound_direct
+                };
+                volume.add(len);
+                Ok(())
+            }
+            Verdict::Control(control) => {
+                self.handle_control(slot, control);
+                Ok(())
+            }
+            Verdict::Drop(reason) => Err(reason),
+            Verdict::Deny(denial, reason, inner) => {
+                let mut reply = [0; MAX_INNER];
+                let len = icmp::deny(denial, packet, &inner, &mut reply);
+                self.deny(slot, &reply[..len], now, sink).and(Err(reason))
+            }
+        }
+    }
+
+    /// What the client hears is best effort; that it hears no more is [`DropReason::IcmpBudget`].
+    #[cold]
+    fn deny(
+        &mut self,
+        slot: Slot,
+        reply: &[u8],
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), DropReason> {
+        let Some(peer) = self.peers.get_mut(slot) else { return Ok(()) };
+        if !peer.take_icmp(now) {
+            return Err(DropReason::IcmpBudget);
+        }
+        let Some(link) = peer.link.as_deref_mut() else { return Ok(()) };
+        if send::seal(link, reply, &mut self.demux, now, sink).is_ok() {
+            self.traffic.denials += 1;
+        }
+        Ok(())
+    }
+
+    fn handle_control(&mut self, slot: Slot, control: Control) {
+        self.traffic.control += 1;
+        if control != Control::Goodbye {
+            return;
+        }
+        // "p2p goodbye from client: peer (all authorisations!) and connection removed immediately"
+        if let Some(peer) = self.peers.remove(slot)
+            && let Some(link) = peer.link
+        {
+            self.events.push(WorkerEvent::Goodbye { id: peer.id, index: link.index });
+        }
+    }
+
+    fn handle_stun(&mut self, arrival: &Arrival<'_>) -> Result<(), DropReason> {
+        if !self.events.has_room_for_stun() {
+            return Err(DropReason::ControlQueueFull);
+        }
+        self.events.push(WorkerEvent::Stun(StunDatagram {
+            local: arrival.local,
+            from: arrival.from,
+            via: arrival.via.map(|(server, _)| server),
+            payload: arrival.payload.to_vec(),
+        }));
+        self.traffic.stun += 1;
+        Ok(())
+    }
+
+    fn handle_initiation(
+        &mut self,
+        arrival: &Arrival<'_>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), DropReason> {
+        let known = match arrival.via {
+            Some(channel) => self.demux.handshakes(channel),
+            None => {
+                let slot = self.peers.by_remote(arrival.from);
+                slot.and_then(|slot| self.peers.get_mut(slot)).map(|peer| &mut peer.handshakes)
+            }
+        };
+        let mut cookie = [0; COOKIE_REPLY];
+        let public_key = match self.gate.admit(arrival.payload, arrival.from.ip(), known, &mut cookie, now)? {
+            Admission::Admitted(public_key) => public_key,
+            Admission::Cookie => {
+                self.reply(arrival, &cookie, now, sink);
+                return Err(DropReason::HandshakeBudget);
+            }
+        };
+        let slot = self.peers.by_public_key(&public_key).ok_or(DropReason::UnknownPublicKey)?;
+        self.run_timers(slot, now, sink);
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownPublicKey)?;
+        let link = peer.link.as_deref_mut().ok_or(DropReason::UnknownPublicKey)?;
+        let mut out = [0; HANDSHAKE_MAX];
+        let len = link.wg.handle_initiation(arrival.payload, &mut out, now)?;
+        send::message(link, &out[..len], &mut self.demux, now, sink);
+        self.traffic.handshakes += 1;
+        Ok(())
+    }
+
+    /// A handshake response or a cookie reply: the answer to an own initiation.
+    fn handle_answer(
+        &mut self,
+        arrival: &Arrival<'_>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), DropReason> {
+        let slot = self.receiver(arrival)?;
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownSession)?;
+        // Without an open handshake this costs a look-up and nothing more.
+        if !peer.link.as_deref().is_some_and(|link| link.wg.is_handshaking()) {
+            return Err(DropReason::HandshakeReplayed);
+        }
+        self.run_timers(slot, now, sink);
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownSession)?;
+        let link = peer.link.as_deref_mut().ok_or(DropReason::UnknownSession)?;
+        let mut out = [0; HANDSHAKE_MAX];
+        if arrival.kind == PayloadKind::CookieReply {
+            link.wg.handle_cookie_reply(arrival.payload)?;
+        } else {
+            let (len, established) = link.wg.handle_response(arrival.payload, &mut out, now)?;
+            if established {
+                self.events.push(WorkerEvent::Established { id: peer.id, index: link.index });
+            }
+            send::message(link, &out[..len], &mut self.demux, now, sink);
+        }
+        self.traffic.handshakes += 1;
+        Ok(())
+    }
+
+    #[inline]
+    fn receiver(&self, arrival: &Arrival<'_>) -> Result<Slot, DropReason> {
+        classify::receiver_index(arrival.kind, arrival.payload)
+            .and_then(|receiver| self.peers.by_index(ConnectionIndex::of_receiver(receiver)))
+            .ok_or(DropReason::UnknownSession)
+    }
+
+    /// Back the way `arrival` came: a cookie is bound to the address it came from.
+    fn reply(&mut self, arrival: &Arrival<'_>, message: &[u8], now: Instant, sink: &mut impl Sink) {
+        let route = match arrival.via {
+            Some((server, _)) => Route { src: None, dst: server, ecn: Ecn::NotEct },
+            None => Route { src: Some(arrival.local), dst: arrival.from, ecn: Ecn::NotEct },
+        };
+        send::reply(route, arrival.via, message, &mut self.demux, now, sink);
+    }
+
+    // Inbound: from the TUN device.
+
+    #[inline]
+    fn handle_packet(&mut self, packet: &[u8], now: Instant, sink: &mut impl Sink) -> Result<(), DropReason> {
+        let slot = inbound::decide(&mut self.peers, packet, self.own)?;
+        let peer = self.peers.get_mut(slot).ok_or(DropReason::NoPeerState)?;
+        let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
+        let index = link.index;
+        let relayed = send::seal(link, packet, &mut self.demux, now, sink)?;
+        tell_activity(peer, index, &mut self.events, now);
+        let volume =
+            if relayed { &mut self.traffic.inbound_relayed } else { &mut self.traffic.inbound_direct };
+        volume.add(packet.len());
+        Ok(())
+    }
+
+    // Time and commands.
+
+    /// WireGuard's timers of one client, and when they are looked at next.
+    fn run_timers(&mut self, slot: Slot, now: Instant, sink: &mut impl Sink) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(link) = peer.link.as_deref_mut() else { return };
+        let mut out = [0; HANDSHAKE_MAX];
+        match link.wg.tick(&mut out, now) {
+            Act::Nothing => {}
+            Act::Send(len) => send::message(link, &out[..len], &mut self.demux, now, sink),
+            Act::Expired => {
+                self.events.push(WorkerEvent::Expired { id: peer.id, index: link.index });
+            }
+        }
+        let ticks = if link.wg.is_handshaking() { 1 } else { CALM };
+        peer.due = self.wheel.schedule(slot, ticks, now);
+    }
+
+    fn apply(&mut self, id: ClientId, state: &Arc<ClientState>, now: Instant, sink: &mut impl Sink) {
+        let (slot, connected) = match self.peers.by_id(id) {
+            Some(slot) => {
+                (slot, self.peers.update(slot, |peer| peer.apply(state, &self.gate)).unwrap_or_default())
+            }
+            None => (self.peers.insert(Box::new(Peer::new(id, state, &self.gate))), true),
+        };
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let Some(link) = peer.link.as_deref_mut() else { return };
+        if connected {
+            self.spread = self.spread.wrapping_add(1);
+            peer.due = self.wheel.schedule(slot, 1 + self.spread % CALM, now);
+        }
+        send::held(link, &mut self.demux, now, sink);
+    }
+
+    /// "Sends a goodbye packet through the tunnel if Connected/Idle; silent otherwise".
+    fn say_goodbye(&mut self, mut peer: Box<Peer>, now: Instant, sink: &mut impl Sink) {
+        if let Some(link) = peer.link.as_deref_mut() {
+            // A client that cannot be told finds out by its own timers.
+            let _ = send::seal(link, &control_packet::GOODBYE, &mut self.demux, now, sink);
+        }
+    }
+}
+
+impl Volume {
+    #[inline]
+    fn add(&mut self, len: usize) {
+        self.packets += 1;
+        self.bytes += len as u64;
+    }
+}
+
+#[inline]
+fn tell_activity(peer: &mut Peer, index: ConnectionIndex, events: &mut Events, now: Instant) {
+    if peer.is_activity_due(now) && events.push(WorkerEvent::Activity { id: peer.id, index, at: now }) {
+        peer.on_activity_told(now);
     }
 }

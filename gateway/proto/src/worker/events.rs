@@ -1,0 +1,70 @@
+//! What control must hear. Each kind has its bound, so that STUN or junk cannot crowd out session events.
+//! Knows no client state.
+
+use std::collections::VecDeque;
+
+use crate::{WorkerEvent, command::StunDatagram};
+
+/// Queues, drained in the order session events, then STUN.
+pub struct Events {
+    /// Established, Expired and Goodbye need no quota: each comes at most once per connection control made.
+    session: VecDeque<WorkerEvent>,
+    activity: usize,
+    channels: usize,
+    stun: VecDeque<StunDatagram>,
+}
+
+/// One batch of 32 from each of a few hundred clients checking at once.
+const STUN_QUOTA: usize = 512;
+/// More clients than that are active again five seconds later at the latest.
+const ACTIVITY_QUOTA: usize = 4096;
+
+impl Events {
+    /// Empty ones.
+    pub fn new() -> Self {
+        Self {
+            session: VecDeque::with_capacity(64),
+            activity: 0,
+            channels: 0,
+            stun: VecDeque::with_capacity(STUN_QUOTA),
+        }
+    }
+
+    /// False if the quota of the event's kind is used up; the event is gone then.
+    pub fn push(&mut self, event: WorkerEvent) -> bool {
+        match event {
+            WorkerEvent::Stun(_) if self.stun.len() >= STUN_QUOTA => return false,
+            WorkerEvent::Stun(datagram) => {
+                self.stun.push_back(datagram);
+                return true;
+            }
+            WorkerEvent::Activity { .. } if self.activity >= ACTIVITY_QUOTA => return false,
+            WorkerEvent::Activity { .. } => self.activity += 1,
+            WorkerEvent::ChannelsUsed(_) => self.channels += 1,
+            WorkerEvent::Established { .. } | WorkerEvent::Expired { .. } | WorkerEvent::Goodbye { .. } => {}
+        }
+        self.session.push_back(event);
+        true
+    }
+
+    /// Has control not yet fetched the last report of channels?
+    pub fn holds_channels(&self) -> bool {
+        self.channels > 0
+    }
+
+    /// Can another STUN message be queued?
+    pub fn has_room_for_stun(&self) -> bool {
+        self.stun.len() < STUN_QUOTA
+    }
+
+    /// The next one.
+    pub fn pop(&mut self) -> Option<WorkerEvent> {
+        let event = self.session.pop_front().or_else(|| self.stun.pop_front().map(WorkerEvent::Stun))?;
+        match event {
+            WorkerEvent::Activity { .. } => self.activity -= 1,
+            WorkerEvent::ChannelsUsed(_) => self.channels -= 1,
+            _ => {}
+        }
+        Some(event)
+    }
+}

@@ -1,0 +1,147 @@
+//! One client: who it is, what it may, how it is reached. Knows its own state only; who looks for it is peers.rs.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    bucket::{Bucket, Rate},
+    handshake::Gate,
+    policy::Policy,
+    wg::Wg,
+    wheel::Tick,
+};
+use crate::{
+    addr::TunnelAddrs,
+    command::{ClientState, Connection, ConnectionKeys, Path},
+    ids::{ClientId, ConnectionIndex},
+    portal::messages::Resource,
+};
+
+/// A client.
+pub struct Peer {
+    /// The portal's name.
+    pub id: ClientId,
+    /// The only source addresses it may use.
+    pub tunnel: TunnelAddrs,
+    /// What it may reach.
+    pub policy: Policy,
+    /// What `policy` was compiled from.
+    resources: Arc<[Resource]>,
+    /// Its connection, if control has made one. About 12 KB, hence apart.
+    pub link: Option<Box<Link>>,
+    /// Budget of initiations from the nominated direct path.
+    pub handshakes: Bucket,
+    /// When the wheel looks at it next; other entries are stale.
+    pub due: Tick,
+    icmp: Bucket,
+    activity: Option<Instant>,
+}
+
+/// A client's connection.
+pub struct Link {
+    /// The upper bits of our WireGuard indices.
+    pub index: ConnectionIndex,
+    /// The client's WireGuard key.
+    pub public_key: [u8; 32],
+    /// Sessions and their timers.
+    pub wg: Wg,
+    /// The nominated path.
+    pub path: Option<Path>,
+    /// WireGuard messages without a path to leave by (connections.md section 5.1 step 7).
+    pub held: VecDeque<Vec<u8>>,
+}
+
+/// "ring of 128 outgoing WireGuard packets"
+const HELD: usize = 128;
+/// Denials per client: plenty for a host that tries many addresses, nothing for a scanner.
+const ICMP: Rate = Rate { per_second: 100, burst: 200 };
+/// [`WorkerEvent::Activity`](crate::WorkerEvent::Activity) is coarse.
+const ACTIVITY: Duration = Duration::from_secs(5);
+
+impl Peer {
+    /// A client that control has just told of.
+    pub fn new(id: ClientId, state: &ClientState, gate: &Gate) -> Self {
+        let mut peer = Self {
+            id,
+            tunnel: state.tunnel,
+            policy: Policy::new(&state.resources),
+            resources: Arc::clone(&state.resources),
+            link: None,
+            handshakes: Bucket::FULL,
+            due: Tick::default(),
+            icmp: Bucket::FULL,
+            activity: None,
+        };
+        peer.connect(&state.connection, gate);
+        peer
+    }
+
+    /// Becomes what control says. True if it has a new connection, whose timers are to run.
+    pub fn apply(&mut self, state: &ClientState, gate: &Gate) -> bool {
+        self.tunnel = state.tunnel;
+        if !Arc::ptr_eq(&self.resources, &state.resources) {
+            self.policy.replace(&state.resources);
+            self.resources = Arc::clone(&state.resources);
+        }
+        self.connect(&state.connection, gate)
+    }
+
+    fn connect(&mut self, connection: &Connection, gate: &Gate) -> bool {
+        match connection {
+            Connection::Absent => {
+                self.link = None;
+                false
+            }
+            Connection::Present(keys, path) => match &mut self.link {
+                Some(link) if link.index == keys.index => {
+                    link.path = *path;
+                    false
+                }
+                link => {
+                    *link = Some(Box::new(Link::new(keys, *path, gate)));
+                    self.activity = None;
+                    true
+                }
+            },
+        }
+    }
+
+    /// May one more denial go to this client?
+    pub fn take_icmp(&mut self, now: Instant) -> bool {
+        self.icmp.take(ICMP, now)
+    }
+
+    /// Application data flowed: is it time to tell control?
+    #[inline]
+    pub fn is_activity_due(&self, now: Instant) -> bool {
+        self.activity.is_none_or(|last| now.saturating_duration_since(last) >= ACTIVITY)
+    }
+
+    /// Control was told.
+    pub fn on_activity_told(&mut self, now: Instant) {
+        self.activity = Some(now);
+    }
+}
+
+impl Link {
+    fn new(keys: &ConnectionKeys, path: Option<Path>, gate: &Gate) -> Self {
+        Self {
+            index: keys.index,
+            public_key: keys.public_key,
+            wg: Wg::new(gate.private_key(), keys, gate.unlimited()),
+            path,
+            held: VecDeque::new(),
+        }
+    }
+
+    /// Keeps a message until there is a path; the oldest goes when it is too many.
+    pub fn hold(&mut self, message: &[u8]) {
+        if self.held.len() >= HELD {
+            self.held.pop_front();
+        }
+        self.held.push_back(message.to_vec());
+    }
+}
