@@ -52,7 +52,8 @@ mod tests {
 
     #[test]
     fn only_exact_lengths_and_legal_numbers_are_channel_data() {
-        let table: &[(&[u8], Option<(u16, usize)>)] = &[
+        type NumberAndLength = Option<(u16, usize)>;
+        let table: &[(&[u8], NumberAndLength)] = &[
             (&[0x40, 0, 0, 0], Some((0x4000, 0))),
             (&[0x40, 1, 0, 2, 7, 8], Some((0x4001, 2))),
             (&[0x7f, 0xff, 0, 1, 9], Some((0x7fff, 1))),

@@ -1,7 +1,9 @@
 //! First look at a UDP payload: which protocol it claims to be (connections.md section 3).
 //!
-//! It reads a few bytes and the length; nothing is verified here.
+//! It reads eight bytes and the length; nothing is verified here. The kernel plane and the workers run this very
+//! code: both fill a [`Prefix`], which is all that the answer depends on.
 
+use crate::bytes::Bytes;
 use crate::channel_data;
 
 /// What a UDP payload claims to be.
@@ -32,33 +34,81 @@ pub enum PayloadKind {
 /// The value of bytes 4..8 of a STUN message (RFC 8489 section 5).
 pub const STUN_MAGIC: [u8; 4] = 0x2112_A442_u32.to_be_bytes();
 
+/// What [`classify_prefix`] looks at: the first eight bytes of a UDP payload and its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefix {
+    /// Bytes 0..8 of the payload. Of a payload shorter than eight bytes only the first four, or the first one if it is
+    /// shorter than four, need be there; the rest is not looked at.
+    pub head: [u8; 8],
+    /// Length of the whole payload in bytes.
+    pub len: usize,
+}
+
+impl Prefix {
+    /// The prefix of the `len` bytes at `at`; `None` if they are not all there to be read.
+    ///
+    /// Reads 8, 4 or 1 bytes in one piece, which is what the BPF verifier can follow.
+    #[inline(always)]
+    #[must_use]
+    pub fn read(bytes: &(impl Bytes + ?Sized), at: usize, len: usize) -> Option<Self> {
+        let mut head = [0; 8];
+        match len {
+            8.. => head = bytes.read::<8>(at)?,
+            4.. => {
+                let [a, b, c, d] = bytes.read::<4>(at)?;
+                head = [a, b, c, d, 0, 0, 0, 0];
+            }
+            1.. => head[0] = bytes.read::<1>(at)?[0],
+            0 => {}
+        }
+        Some(Self { head, len })
+    }
+}
+
 /// Classifies one UDP payload.
 #[inline]
 #[must_use]
 pub fn classify(payload: &[u8]) -> PayloadKind {
-    let Some(first) = payload.first() else { return PayloadKind::Empty };
-    match first {
+    // A slice has all of its bytes, so the prefix is always there.
+    Prefix::read(payload, 0, payload.len()).map_or(PayloadKind::Empty, |prefix| classify_prefix(&prefix))
+}
+
+/// Classifies one UDP payload by its prefix; the same answer as [`classify`] for the whole payload.
+#[inline(always)]
+#[must_use]
+pub fn classify_prefix(prefix: &Prefix) -> PayloadKind {
+    if prefix.len == 0 {
+        return PayloadKind::Empty;
+    }
+    match prefix.head[0] {
         // A WireGuard type is followed by three zero bytes; type 1 shares its first byte with STUN
         // methods, so the cookie decides first.
-        0..=3 if is_stun(payload) => PayloadKind::Stun,
-        1..=4 => wireguard(payload),
-        64..=127 if channel_data::parse(payload).is_some() => PayloadKind::ChannelData,
+        0..=3 if is_stun(prefix) => PayloadKind::Stun,
+        1..=4 => wireguard(prefix),
+        64..=127 if is_channel_data(prefix) => PayloadKind::ChannelData,
         64..=127 => PayloadKind::MalformedChannelData,
         _ => PayloadKind::Unknown,
     }
 }
 
-#[inline]
-fn is_stun(payload: &[u8]) -> bool {
-    let Some(header) = payload.first_chunk::<20>() else { return false };
-    let length = usize::from(u16::from_be_bytes([header[2], header[3]]));
-    header[4..8] == STUN_MAGIC && length.is_multiple_of(4) && length + 20 == payload.len()
+#[inline(always)]
+fn is_stun(prefix: &Prefix) -> bool {
+    let [_, _, l0, l1, m0, m1, m2, m3] = prefix.head;
+    let length = usize::from(u16::from_be_bytes([l0, l1]));
+    [m0, m1, m2, m3] == STUN_MAGIC && length.is_multiple_of(4) && length + 20 == prefix.len
 }
 
-#[inline]
-fn wireguard(payload: &[u8]) -> PayloadKind {
-    let Some(kind) = payload.first_chunk::<4>() else { return PayloadKind::Unknown };
-    match (u32::from_le_bytes(*kind), payload.len()) {
+#[inline(always)]
+fn is_channel_data(prefix: &Prefix) -> bool {
+    let [_, _, l0, l1, ..] = prefix.head;
+    usize::from(u16::from_be_bytes([l0, l1])) + channel_data::HEADER_LEN == prefix.len
+}
+
+#[inline(always)]
+fn wireguard(prefix: &Prefix) -> PayloadKind {
+    let [a, b, c, d, ..] = prefix.head;
+    match (u32::from_le_bytes([a, b, c, d]), prefix.len) {
+        (_, ..4) => PayloadKind::Unknown,
         (1, 148) => PayloadKind::HandshakeInitiation,
         (2, 92) => PayloadKind::HandshakeResponse,
         (3, 64) => PayloadKind::CookieReply,
@@ -84,13 +134,6 @@ pub fn receiver_index(kind: PayloadKind, payload: &[u8]) -> Option<u32> {
 mod tests {
     use super::*;
 
-    fn wg(kind: u8, len: usize) -> [u8; 200] {
-        let mut b = [0; 200];
-        b[0] = kind;
-        let _ = len;
-        b
-    }
-
     #[test]
     fn wireguard_messages_have_exact_sizes() {
         let table = [
@@ -106,7 +149,7 @@ mod tests {
             (1, 3, PayloadKind::Unknown),
         ];
         for (kind, len, expect) in table {
-            assert_eq!(classify(&wg(kind, len)[..len]), expect, "type {kind}, {len} bytes");
+            assert_eq!(classify(&wg(kind)[..len]), expect, "type {kind}, {len} bytes");
         }
     }
 
@@ -123,9 +166,43 @@ mod tests {
 
     #[test]
     fn receiver_index_is_little_endian() {
-        let mut m = wg(4, 32);
+        let mut m = wg(4);
         m[4..8].copy_from_slice(&[1, 0x25, 0x4c, 0x6c]);
         assert_eq!(receiver_index(PayloadKind::Data, &m), Some(0x6c4c_2501));
         assert_eq!(receiver_index(PayloadKind::Stun, &m), None);
+    }
+
+    #[test]
+    fn channel_data_agrees_with_its_parser() {
+        let mut bytes = [0; 40];
+        for first in 0..=255 {
+            for len in 0..bytes.len() {
+                for claimed in 0..40 {
+                    bytes[0] = first;
+                    bytes[3] = claimed;
+                    let payload = &bytes[..len];
+                    let parsed = channel_data::parse(payload).is_some();
+                    assert_eq!(classify(payload) == PayloadKind::ChannelData, parsed, "{payload:02x?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_beyond_a_short_payload_do_not_matter() {
+        for first in 0..=255 {
+            for len in 0..8 {
+                let clean = classify(&[first, 0, 0, 0, 0, 0, 0, 0][..len]);
+                let mut head = [0xff; 8];
+                head[..len].copy_from_slice(&[first, 0, 0, 0, 0, 0, 0, 0][..len]);
+                assert_eq!(classify_prefix(&Prefix { head, len }), clean, "first byte {first}, {len} bytes");
+            }
+        }
+    }
+
+    fn wg(kind: u8) -> [u8; 200] {
+        let mut b = [0; 200];
+        b[0] = kind;
+        b
     }
 }

@@ -3,9 +3,20 @@
 //! No allocation, no `std`: the same code runs in the XDP program, in the workers and in the fuzzer.
 #![no_std]
 
+#[cfg(any(test, feature = "frame-table"))]
+extern crate std;
+
+pub mod bytes;
 pub mod channel_data;
 pub mod classify;
 pub mod drop_reason;
+pub mod frame;
+pub mod frame_kind;
+#[cfg(any(test, feature = "frame-table"))]
+pub mod frame_table;
+pub mod maps;
 
 pub use classify::{PayloadKind, classify};
 pub use drop_reason::{Counters, DropReason};
+pub use frame_kind::{FrameKind, frame_kind};
+pub use maps::{ABI_VERSION, FrameCount};

@@ -1,0 +1,18 @@
+//! The maps of `gateway_common::maps!` as BTF maps of the same names. Nothing is described here.
+
+use aya_ebpf::macros::btf_map;
+
+macro_rules! declare {
+    ($($(#[$doc:meta])+ $name:ident: $kind:ident<$key:ty, $value:ty>[$capacity:expr];)+) => {
+        $(declare!(@$kind $(#[$doc])+ $name, $key, $value, $capacity);)+
+    };
+    // Keys of arrays are u32, so aya-ebpf does not ask for them.
+    (@PerCpuArray $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
+        $(#[$doc])+
+        #[btf_map]
+        pub static $name: aya_ebpf::btf_maps::PerCpuArray<$value, { $capacity }> =
+            aya_ebpf::btf_maps::PerCpuArray::new();
+    };
+}
+
+gateway_common::maps!(declare);
