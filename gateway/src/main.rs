@@ -1,5 +1,6 @@
 //! `firezone-gateway`: the daemon. This file is its start-up, in order; `runtime` is its life.
 
+mod bpf;
 mod cli;
 #[allow(dead_code, reason = "main.rs is about to use it")]
 mod data;
@@ -30,6 +31,7 @@ fn start(cli: Cli) -> Result<()> {
         bail!("missing CAP_NET_ADMIN");
     }
     logging::init(cli.log_format)?;
+    tracing::info!("{}", bpf::describe());
     let id = identity::gateway_id(cli.firezone_id.as_deref(), &identity::Places::default())?;
     let _ = (id, identity::name(cli.firezone_name), identity::token(cli.token, None)?, health::serve);
     Ok(())

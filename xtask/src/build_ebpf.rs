@@ -20,9 +20,8 @@ pub fn object() -> PathBuf {
 /// If the toolchain is not there, the code does not compile, or the object cannot be written.
 pub fn build(log: bool) -> Result<PathBuf> {
     const CURE: &str = "`cargo xtask setup` installs it";
-    let toolchain = Toolchain::find().with_context(|| {
-        format!("no Rust compiler with `core` for {} found; {CURE}", toolchain::TARGET)
-    })?;
+    let toolchain = Toolchain::find()
+        .with_context(|| format!("no Rust compiler with `core` for {} found; {CURE}", toolchain::TARGET))?;
     let linker = toolchain::bpf_linker().with_context(|| format!("bpf-linker is not installed; {CURE}"))?;
     println!("build-ebpf: with {toolchain} and {}", linker.display());
 

@@ -85,8 +85,10 @@ pub fn install() -> Result<()> {
     for one in &missing {
         println!("  {one}");
     }
-    let packages: Vec<_> =
-        missing.iter().filter_map(|m| if let Missing::Package(name, _) = m { Some(*name) } else { None }).collect();
+    let packages: Vec<_> = missing
+        .iter()
+        .filter_map(|m| if let Missing::Package(name, _) = m { Some(*name) } else { None })
+        .collect();
     if !packages.is_empty() {
         install_packages(&packages)?;
     }
@@ -160,7 +162,10 @@ apt-get install -q -y --no-install-recommends "$@"
         bail!("this machine has no apt-get; install by its own means: {}", packages.join(" "));
     }
     if !run::is_root() {
-        bail!("Debian packages are missing and only root can install them: apt-get install {}", packages.join(" "));
+        bail!(
+            "Debian packages are missing and only root can install them: apt-get install {}",
+            packages.join(" ")
+        );
     }
     let running_before: Vec<_> = SERVICES.iter().filter(|(_, unit)| is_active(unit)).collect();
     let mut shell = run::command("sh");

@@ -98,5 +98,8 @@ fn nightly() -> Option<Toolchain> {
     };
     let sysroot = rustc(&["--print", "sysroot"])?;
     let version = rustc(&["--version"])?;
-    Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir().then_some(Toolchain::Nightly { version })
+    Path::new(&sysroot)
+        .join("lib/rustlib/src/rust/library/core")
+        .is_dir()
+        .then_some(Toolchain::Nightly { version })
 }

@@ -1,0 +1,243 @@
+//! `cargo xtask test`: everything CI runs, step by step, and one closing line that sums it up.
+//!
+//! A step that cannot run is counted as skipped and says why; a step whose foundation failed likewise. Nothing here
+//! knows what is tested: a step is a command, and [`tally`] counts what it reports.
+
+pub mod tally;
+
+use std::{
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+
+use crate::{build_ebpf, run, setup, tidy};
+use tally::Tally;
+
+/// Arguments of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub struct Arguments {
+    /// A debug build, and no scenarios.
+    #[arg(long)]
+    quick: bool,
+    /// Only tests and scenarios whose name contains this; the checks of the source are left out.
+    filter: Option<String>,
+}
+
+/// Tests of the compiled BPF object; the name is how they start. They run in a step of their own.
+const BPF_TESTS: &str = "bpf::tests::";
+
+/// What a step came to.
+enum Outcome {
+    /// It ran; the counts of what it ran.
+    Ran(Tally),
+    /// It could not run, for this reason.
+    Skipped(String),
+}
+
+/// Runs the steps and prints `N passed, N failed, N skipped` last; the exit code is 1 if anything failed.
+///
+/// # Errors
+/// None of a step's failures is an error of the run.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let mut session = Session::new(arguments);
+    let filter = arguments.filter.as_deref();
+
+    let ready = session.step("setup", |_| succeeded(setup::install()));
+    let object = session.step("build-ebpf", |_| succeeded(build_ebpf::build(false).map(drop)));
+    if filter.is_none() {
+        session.step("formatting", |_| formatting());
+        session.step("clippy", |_| clippy());
+        session.step("clippy of gateway-ebpf", |_| clippy_ebpf());
+        session.step("licences, bans and sources of dependencies", |_| deny());
+        session.step("advisories about dependencies", |_| advisories());
+        session.step("tidy", |_| Ok(Outcome::Ran(tidy::check())));
+    } else {
+        println!("\nThe checks of the source are left out, because a filter was given.");
+    }
+    session.step("unit tests", |session| session.unit_tests());
+    session.step("core model tests, with a fake clock", |session| session.model_tests());
+    session.step("BPF object in the kernel", |session| session.bpf_tests(object));
+    session.step("network scenarios", |session| session.scenarios(ready));
+    Ok(session.close())
+}
+
+/// The run so far.
+struct Session<'a> {
+    arguments: &'a Arguments,
+    started: Instant,
+    steps: usize,
+    sum: Tally,
+    notes: Vec<String>,
+}
+
+impl<'a> Session<'a> {
+    fn new(arguments: &'a Arguments) -> Self {
+        Self { arguments, started: Instant::now(), steps: 0, sum: Tally::default(), notes: Vec::new() }
+    }
+
+    /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
+    fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
+        const STEPS: [usize; 2] = [12, 6];
+        self.steps += 1;
+        let of = STEPS[usize::from(self.arguments.filter.is_some())];
+        println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
+        let started = Instant::now();
+        let outcome = work(self);
+        let took = seconds(started.elapsed());
+        let tally = match outcome {
+            Ok(Outcome::Ran(tally)) => tally,
+            Ok(Outcome::Skipped(reason)) => Tally::skip(reason),
+            Err(error) => {
+                println!("        {error:#}");
+                Tally { failed: 1, ..Tally::default() }
+            }
+        };
+        let word = match (tally.failed, tally.passed) {
+            (0, 0) if tally.skipped > 0 => "skipped",
+            (0, _) => "ok",
+            _ => "FAILED",
+        };
+        println!("        {word}: {tally} ({took})");
+        for reason in &tally.reasons {
+            println!("        skipped: {reason}");
+        }
+        self.notes.extend(tally.reasons.iter().map(|reason| format!("skipped in `{name}`: {reason}")));
+        if tally.failed > 0 {
+            self.notes.push(format!("FAILED: {name} ({} of it)", tally.failed));
+        }
+        let fine = tally.failed == 0 && tally.passed > 0;
+        self.sum.add(&tally);
+        fine
+    }
+
+    fn close(self) -> ExitCode {
+        println!("\nAll steps took {}.", seconds(self.started.elapsed()));
+        for note in &self.notes {
+            println!("  {note}");
+        }
+        println!("{}", self.sum);
+        if self.sum.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    fn unit_tests(&self) -> Result<Outcome> {
+        let mut cargo = run::cargo();
+        cargo.args(["test", "--workspace", "--no-fail-fast", "--"]).args(&self.arguments.filter);
+        Ok(Outcome::Ran(tally::run(cargo.args(["--skip", BPF_TESTS]))?))
+    }
+
+    fn model_tests(&self) -> Result<Outcome> {
+        let mut cargo = run::cargo();
+        cargo.args(["test", "-p", "gateway-proto", "--features", "mock-instant", "--no-fail-fast"]);
+        // A folder of its own, or each of the two builds would throw the other one's dependencies away. One thread,
+        // because boringtun's fake clock is one for the process.
+        cargo.arg("--target-dir").arg(run::target().join("mock"));
+        cargo.arg("--").args(&self.arguments.filter).arg("--test-threads=1");
+        Ok(Outcome::Ran(tally::run(&mut cargo)?))
+    }
+
+    fn bpf_tests(&self, object: bool) -> Result<Outcome> {
+        if !object {
+            return Ok(Outcome::Skipped("the BPF object was not built".into()));
+        }
+        if !run::is_root() {
+            return Ok(Outcome::Skipped("loading BPF programs and making namespaces needs root".into()));
+        }
+        let mut cargo = run::cargo();
+        cargo.args([
+            "test",
+            "-p",
+            "firezone-gateway",
+            "--no-fail-fast",
+            "--",
+            "--ignored",
+            "--test-threads=1",
+        ]);
+        match &self.arguments.filter {
+            None => cargo.arg(BPF_TESTS),
+            Some(filter) if "bpf".contains(filter.as_str()) || filter.contains("bpf") => cargo.arg(BPF_TESTS),
+            Some(_) => return Ok(Outcome::Skipped("the filter leaves them out".into())),
+        };
+        Ok(Outcome::Ran(tally::run(&mut cargo)?))
+    }
+
+    fn scenarios(&self, ready: bool) -> Result<Outcome> {
+        if self.arguments.quick {
+            return Ok(Outcome::Skipped("left out by --quick".into()));
+        }
+        if !ready {
+            return Ok(Outcome::Skipped("the programs that they need could not be installed".into()));
+        }
+        run::run(run::cargo().args(["build", "--release", "-p", "firezone-gateway", "-p", "gateway-tests"]))?;
+        let mut scenarios = run::command(run::target().join("release/gateway-tests"));
+        scenarios.arg("scenarios");
+        if let Some(filter) = &self.arguments.filter {
+            scenarios.arg("--filter").arg(filter);
+        }
+        Ok(Outcome::Ran(tally::run(&mut scenarios)?))
+    }
+}
+
+fn formatting() -> Result<Outcome> {
+    let ours = passes(run::cargo().args(["fmt", "--all", "--check"]));
+    let ebpf = passes(run::cargo().args(["fmt", "--manifest-path", "gateway-ebpf/Cargo.toml", "--check"]));
+    ours.and_then(|()| succeeded(ebpf))
+}
+
+fn clippy() -> Result<Outcome> {
+    let deny = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+    succeeded(passes(run::cargo().args(deny)))
+}
+
+/// For the host: clippy exists for no compiler that knows the BPF target, and the code is the same.
+fn clippy_ebpf() -> Result<Outcome> {
+    let mut cargo = run::cargo();
+    cargo.args(["clippy", "--quiet", "--locked", "--manifest-path", "gateway-ebpf/Cargo.toml"]);
+    cargo.arg("--target-dir").arg(run::root().join("target/bpf/clippy"));
+    succeeded(passes(cargo.args(["--", "-D", "warnings"])))
+}
+
+const MANIFESTS: [&str; 2] = ["Cargo.toml", "gateway-ebpf/Cargo.toml"];
+
+fn deny() -> Result<Outcome> {
+    for manifest in MANIFESTS {
+        let checks = ["licenses", "bans", "sources"];
+        passes(cargo_deny(manifest).args(checks))?;
+    }
+    succeeded(Ok(()))
+}
+
+/// Only with a database that is there already: a test run must neither need nor change what is on the network.
+fn advisories() -> Result<Outcome> {
+    let folder = run::cargo_home().join("advisory-dbs");
+    if !std::fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_some()) {
+        let folder = folder.display();
+        return Ok(Outcome::Skipped(format!("no advisory database in {folder}; `cargo deny fetch` gets it")));
+    }
+    for manifest in MANIFESTS {
+        passes(cargo_deny(manifest).args(["advisories", "--disable-fetch"]))?;
+    }
+    succeeded(Ok(()))
+}
+
+fn cargo_deny(manifest: &str) -> Command {
+    let mut cargo = run::cargo();
+    cargo.args(["deny", "--manifest-path", manifest, "--log-level", "warn", "check"]);
+    cargo.arg("--config").arg(run::root().join("deny.toml"));
+    cargo
+}
+
+fn passes(command: &mut Command) -> Result<()> {
+    println!("        $ {}", run::show(command));
+    run::run(command)
+}
+
+/// A step that is one thing which works or does not.
+fn succeeded(result: Result<()>) -> Result<Outcome> {
+    result.map(|()| Outcome::Ran(Tally { passed: 1, ..Tally::default() }))
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
