@@ -15,6 +15,9 @@ use clap::Parser as _;
 
 use crate::cli::Cli;
 
+// With a clock that stands still no session would ever expire or be renewed.
+const _: () = assert!(!gateway_proto::MOCK_CLOCK, "the daemon must not be built with gateway-proto's mock-instant");
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match start(cli) {
