@@ -10,6 +10,8 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -67,9 +69,21 @@ impl Drop for Janitor {
 pub fn watch(pid: u32) -> Result<()> {
     std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
     netns::remove_run(pid);
-    sweep_directories();
+    // An `ip netns add` of the dead run may still be under way.
+    std::thread::sleep(Duration::from_millis(300));
+    netns::remove_run(pid);
+    remove_directory(&directory(pid));
     Ok(())
 }
+
+/// Called between steps: after a signal, the thread that builds must not go on behind the back of the one that removes.
+pub fn park_if_interrupted() {
+    while INTERRUPTED.load(Ordering::Relaxed) {
+        std::thread::park();
+    }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Where a run keeps logs and generated files: `/tmp/gateway-tests-<pid>`.
 pub fn directory(pid: u32) -> PathBuf {
@@ -90,9 +104,15 @@ fn sweep_directories() {
             .and_then(|name| name.strip_prefix("gateway-tests-")?.parse::<u32>().ok());
         let Some(pid) = pid else { continue };
         let alive = Path::new(&format!("/proc/{pid}")).exists();
-        if !alive && !entry.path().join("KEEP").exists() {
-            let _swept_by_someone_else = std::fs::remove_dir_all(entry.path());
+        if !alive {
+            remove_directory(&entry.path());
         }
+    }
+}
+
+fn remove_directory(directory: &Path) {
+    if !directory.join("KEEP").exists() {
+        let _swept_by_someone_else = std::fs::remove_dir_all(directory);
     }
 }
 
@@ -109,12 +129,13 @@ fn on_signal_clean_and_exit() -> Result<()> {
                 _ = terminate.recv() => {}
             }
         });
+        INTERRUPTED.store(true, Ordering::Relaxed);
         println!("\ninterrupted: removing namespaces and processes");
         let pid = std::process::id();
         // Twice: a process that was just being started may have entered after the first look.
         netns::remove_run(pid);
         netns::remove_run(pid);
-        let _ = std::fs::remove_dir_all(directory(pid));
+        remove_directory(&directory(pid));
         // 128 + SIGINT, what a shell expects of an interrupted program.
         std::process::exit(130);
     })?;

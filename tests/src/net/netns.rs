@@ -29,10 +29,13 @@ impl NetNs {
     /// # Errors
     /// Without root, or if the name exists.
     pub fn new(name: &str) -> Result<Self> {
+        super::janitor::park_if_interrupted();
         let name = format!("{}{name}", prefix(std::process::id()));
         ip(&["netns", "add", &name])?;
         let namespace = Self { name };
         namespace.ip_batch(&["link set lo up"])?;
+        // Nobody else is here: no second of waiting for duplicate addresses on each new interface.
+        namespace.sysctl(&["net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0"])?;
         Ok(namespace)
     }
 

@@ -107,6 +107,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         let logs = directory.join(format!("{index:02}"));
         let started = Instant::now();
         let mut result = run_one(scenario, &logs, &gateway, &big);
+        janitor::park_if_interrupted();
         let left = leftovers(&janitor);
         if let (Ok(()), Some(left)) = (&result, left) {
             result = Err(anyhow!("it left behind: {left}"));
