@@ -1,7 +1,7 @@
 //! `gateway-tests`: runs the scenarios and the demo; also the stand-ins and helpers that those start as processes.
 
 use clap::{Parser, Subcommand};
-use gateway_tests::{net::janitor, scenario, standins::portal};
+use gateway_tests::{demo, net::janitor, scenario, standins::portal};
 
 /// Tests of firezone-gateway in network namespaces that this program makes and removes.
 #[derive(Debug, Parser)]
@@ -14,6 +14,8 @@ struct Cli {
 enum Command {
     /// Run the scenarios one after the other.
     Scenarios(scenario::Arguments),
+    /// A client reaches a LAN through the gateway, directly and relayed; with a table of what that took.
+    Demo(demo::Arguments),
     /// A portal for a daemon started by hand; prints tokens and every message.
     Portal(portal::Args),
     /// Remove what the run with this pid leaves, once standard input ends.
@@ -27,8 +29,8 @@ enum Command {
 fn main() -> anyhow::Result<std::process::ExitCode> {
     match Cli::parse().command {
         Command::Scenarios(arguments) => scenario::run(&arguments),
+        Command::Demo(arguments) => demo::run_demo(&arguments),
         Command::Portal(arguments) => portal::main(arguments).map(|()| std::process::ExitCode::SUCCESS),
-
         Command::Janitor { pid } => {
             janitor::watch(pid)?;
             Ok(std::process::ExitCode::SUCCESS)

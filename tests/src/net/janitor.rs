@@ -83,7 +83,13 @@ pub fn park_if_interrupted() {
     }
 }
 
+/// From now on Ctrl-C is what the user was told to press: exit code 0.
+pub fn ctrl_c_is_the_way_out() {
+    INVITED.store(true, Ordering::Relaxed);
+}
+
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static INVITED: AtomicBool = AtomicBool::new(false);
 
 /// Where a run keeps logs and generated files: `/tmp/gateway-tests-<pid>`.
 pub fn directory(pid: u32) -> PathBuf {
@@ -130,14 +136,14 @@ fn on_signal_clean_and_exit() -> Result<()> {
             }
         });
         INTERRUPTED.store(true, Ordering::Relaxed);
-        println!("\ninterrupted: removing namespaces and processes");
+        println!("\nremoving namespaces and processes");
         let pid = std::process::id();
         // Twice: a process that was just being started may have entered after the first look.
         netns::remove_run(pid);
         netns::remove_run(pid);
         remove_directory(&directory(pid));
         // 128 + SIGINT, what a shell expects of an interrupted program.
-        std::process::exit(130);
+        std::process::exit(if INVITED.load(Ordering::Relaxed) { 0 } else { 130 });
     })?;
     Ok(())
 }

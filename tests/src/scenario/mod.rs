@@ -3,8 +3,14 @@
 //! A scenario is a plain function. It runs on a thread of its own, so that its time bound also ends one that hangs; its
 //! processes die with that thread. After each scenario nothing may be left.
 
+mod access;
+pub mod client;
+pub mod lab;
 mod network;
+mod paths;
 mod table;
+pub mod transfers;
+mod trouble;
 
 use std::{
     path::PathBuf,

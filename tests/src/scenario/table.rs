@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Scenario, network};
+use super::{Scenario, access, network, paths, transfers, trouble};
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
 const fn scenario(
@@ -35,4 +35,67 @@ pub static SCENARIOS: &[Scenario] = &[
     ),
     scenario("network: blocked UDP does not pass, a relay does", two_relays::plan, 20, network::blocked_udp),
     scenario("network: a wire delays and loses", network::wire_plan, 20, network::wire),
+    scenario(
+        "operator errors are one sentence with exit code 1 or 2",
+        direct::plan,
+        20,
+        trouble::operator_errors,
+    ),
+    scenario("direct: ping and HTTP over IPv4 and IPv6", direct::plan, 20, paths::direct),
+    scenario("relayed: ping and HTTP over IPv4 and IPv6", relay_only::plan, 20, paths::relayed),
+    scenario("dual stack, direct: ping and HTTP", dual_stack::plan, 20, paths::direct),
+    scenario("dual stack, relayed: ping and HTTP", dual_stack::relay_only, 20, paths::relayed),
+    scenario("port-preserving NAT on both sides: direct", nat::plan, 20, paths::direct),
+    scenario("symmetric NAT on both sides: relayed", symmetric_nat::plan, 20, paths::relayed),
+    scenario("two relays: ping and HTTP", two_relays::plan, 20, paths::relayed),
+    scenario("two relays: the one in use dies", two_relays::plan, 60, paths::relay_dies),
+    scenario("Nov-2025 client and portal: direct", direct::plan, 20, paths::nov25),
+    scenario("Nov-2025 client at a portal of today: relayed", relay_only::plan, 20, paths::nov25_client),
+    scenario(
+        "an authorization that arrives before any relay is served when one comes",
+        relay_only::plan,
+        20,
+        paths::relay_arrives_late,
+    ),
+    scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 30, paths::lossy),
+    scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes),
+    scenario(
+        "relayed: TCP, 100 MB each way, same checksum",
+        relay_only::plan,
+        60,
+        transfers::hundred_megabytes,
+    ),
+    scenario("direct: UDP and DNS", direct::plan, 30, transfers::udp),
+    scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp),
+    scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle),
+    scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
+    scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop),
+    scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one),
+    scenario("the last resource revoked mid-transfer: goodbye", direct::plan, 30, access::revoke_last),
+    scenario("an authorization expires", direct::plan, 30, access::expiry),
+    scenario("filters, and new ones", direct::plan, 30, access::filters),
+    scenario(
+        "two clients with overlapping resources",
+        direct::two_clients,
+        30,
+        access::overlapping_resources,
+    ),
+    scenario(
+        "a foreign source address inside the tunnel is refused",
+        direct::plan,
+        20,
+        access::spoofed_source,
+    ),
+    scenario("the gateway's own tunnel address", direct::plan, 20, access::gateway_own_address),
+    scenario(
+        "malformed and hostile datagrams while traffic flows",
+        direct::plan,
+        40,
+        trouble::hostile_datagrams,
+    ),
+    scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance),
+    scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate),
+    scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart),
+    scenario("no secret in the TRACE log, direct", direct::plan, 40, trouble::no_secret_in_trace),
+    scenario("no secret in the TRACE log, relayed", relay_only::plan, 40, trouble::no_secret_in_trace),
 ];

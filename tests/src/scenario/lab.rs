@@ -1,0 +1,395 @@
+//! A topology in which everything runs: relays, the LAN's servers, a portal, the real daemon, clients.
+//!
+//! Scenarios read like what a person would do: start, request, `ping`, `curl`, revoke, look.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::Signal;
+use uuid::Uuid;
+
+use super::{Context, client::Client};
+use crate::{
+    net::{
+        NetNs,
+        process::{self, Outcome, Process, Spawn, run, wait_for},
+        services::{LanServers, Relay},
+        topology::{LAN_HOST, LAN_HOST_2, PORTAL},
+    },
+    standins::{
+        client,
+        portal::{self, Portal, Resource, Role},
+    },
+};
+
+/// Where the portal listens.
+const PORTAL_PORT: u16 = 8081;
+
+/// The name the gateway connects under.
+pub const GATEWAY_NAME: &str = "lab-gateway";
+
+/// What a scenario wants different from the usual.
+#[derive(Clone)]
+pub struct Options {
+    /// The daemon's RUST_LOG.
+    pub rust_log: &'static str,
+    /// Which endpoints the portal serves.
+    pub portal: portal::Generation,
+    /// Which generation of client connects.
+    pub client: client::Generation,
+    /// No relay is offered until the scenario says so.
+    pub hold_relays: bool,
+    /// How long authorizations last.
+    pub expiry: Option<Duration>,
+    /// What can be authorized.
+    pub resources: Vec<Resource>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            rust_log: "info",
+            portal: portal::Generation::Both,
+            client: client::Generation::Head,
+            hold_relays: false,
+            expiry: Some(Duration::from_secs(3600)),
+            resources: vec![lan4(), lan6()],
+        }
+    }
+}
+
+/// The LAN's IPv4 network.
+pub fn lan4() -> Resource {
+    Resource::cidr("lan4", "172.20.0.0/24")
+}
+
+/// The LAN's IPv6 network.
+pub fn lan6() -> Resource {
+    Resource::cidr("lan6", "fd00:db8:20::/64")
+}
+
+/// Only the LAN host's first IPv4 address.
+pub fn host() -> Resource {
+    Resource::cidr("host", &format!("{}/32", LAN_HOST.0))
+}
+
+/// Only the LAN host's second IPv4 address.
+pub fn host_2() -> Resource {
+    Resource::cidr("host 2", &format!("{}/32", LAN_HOST_2.0))
+}
+
+/// Everything that runs. Fields go in this order: clients first, so that nobody complains on the way out.
+pub struct Lab {
+    /// Connected clients, by index of their node.
+    pub clients: Vec<Client>,
+    /// The daemon.
+    pub gateway: Process,
+    /// The portal.
+    pub portal: Portal,
+    /// coturns, by index of their node.
+    pub relays: Vec<Relay>,
+    /// The LAN host's servers.
+    pub lan: LanServers,
+    /// What the daemon presents to the portal.
+    pub gateway_token: String,
+    /// What clients present.
+    pub client_token: String,
+    expected_warnings: Vec<&'static str>,
+}
+
+impl Lab {
+    /// Starts relays, servers, portal and the daemon, and waits until the daemon has joined the portal; then the clients.
+    ///
+    /// # Errors
+    /// If one of them does not come up.
+    pub fn start(cx: &Context, options: &Options) -> Result<Self> {
+        let topology = &cx.topology;
+        let secret = format!("relay secret {}", Uuid::new_v4());
+        let (mut relays, mut offers) = (Vec::new(), Vec::new());
+        for (index, node) in topology.relays.iter().enumerate() {
+            let addresses = topology.relay_addresses(index);
+            relays.push(Relay::start(
+                &node.namespace,
+                &cx.logs,
+                &format!("relay{index}"),
+                &addresses,
+                &secret,
+            )?);
+            let addresses: Vec<SocketAddr> =
+                addresses.into_iter().map(|ip| SocketAddr::new(ip, 3478)).collect();
+            offers.push(portal::Relay::coturn(addresses, &secret));
+        }
+        let lan = LanServers::start(&topology.lan, &cx.logs, cx.big.clone())?;
+        let config = portal::Config {
+            listen: SocketAddr::new(PORTAL.into(), PORTAL_PORT),
+            generation: options.portal,
+            gateway_token: format!("gateway-token.{}", Uuid::new_v4()),
+            client_token: format!("client-token.{}", Uuid::new_v4()),
+            resources: options.resources.clone(),
+            relays: offers,
+            expiry: options.expiry,
+            hold_relays: options.hold_relays,
+            ..portal::Config::default()
+        };
+        let (gateway_token, client_token) = (config.gateway_token.clone(), config.client_token.clone());
+        let portal = Portal::start(Some(&topology.portal.namespace.path()), config)?;
+        let gateway = start_gateway(cx, "gateway", &gateway_token, &portal.url(), options.rust_log)?;
+        portal.wait_online(Role::Gateway, 1, Duration::from_secs(5))?;
+        let mut lab = Self {
+            clients: Vec::new(),
+            gateway,
+            portal,
+            relays,
+            lan,
+            gateway_token,
+            client_token,
+            expected_warnings: Vec::new(),
+        };
+        for index in 0..topology.clients.len() {
+            let client = Client::start(cx, index, &lab.portal.url(), &lab.client_token, options.client)?;
+            lab.clients.push(client);
+        }
+        for client in &mut lab.clients {
+            client.wait_joined(Duration::from_secs(5))?;
+        }
+        Ok(lab)
+    }
+
+    /// Client `index` requests each resource and is connected.
+    ///
+    /// # Errors
+    /// If that takes longer than 5 s.
+    pub fn connect(&mut self, index: usize, resources: &[Resource]) -> Result<()> {
+        for resource in resources {
+            self.clients[index].request(resource.id)?;
+        }
+        for resource in resources {
+            self.clients[index].wait_authorized(resource.id, Duration::from_secs(5))?;
+        }
+        self.clients[index].wait_established(Duration::from_secs(5))
+    }
+
+    /// The id of client `index` at the portal.
+    ///
+    /// # Errors
+    /// If it has never connected.
+    pub fn client_id(&self, index: usize) -> Result<Uuid> {
+        self.portal.id_of(Role::Client, &Client::name(index)).context("the client has not connected")
+    }
+
+    /// Lines at WARN or ERROR that contain `text` are not held against the daemon.
+    pub fn expect_warning(&mut self, text: &'static str) {
+        self.expected_warnings.push(text);
+    }
+
+    /// The daemon lives, and has logged nothing above INFO that was not expected.
+    ///
+    /// # Errors
+    /// With its exit status, or the lines.
+    pub fn finish(mut self) -> Result<()> {
+        if let Some(status) = self.gateway.poll() {
+            bail!("the gateway has ended: {status}");
+        }
+        self.no_warnings()
+    }
+
+    /// SIGTERM; the daemon ends within `limit`, with code 0 and without a warning.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn terminate(&mut self, limit: Duration) -> Result<()> {
+        self.gateway.signal(Signal::TERM)?;
+        let status = self.gateway.wait(limit)?;
+        ensure!(status.code() == Some(0), "on SIGTERM the gateway ended with {status}");
+        self.no_warnings()
+    }
+
+    fn no_warnings(&self) -> Result<()> {
+        let log = self.gateway.log();
+        let warnings: Vec<&str> = log
+            .lines()
+            .filter(|line| matches!(line.split_whitespace().nth(1), Some("WARN" | "ERROR")))
+            .filter(|line| !self.expected_warnings.iter().any(|expected| line.contains(expected)))
+            .collect();
+        ensure!(warnings.is_empty(), "the gateway warned: {}", warnings.join("; "));
+        Ok(())
+    }
+}
+
+/// Starts the daemon as a user would: environment variables, no test hooks.
+///
+/// # Errors
+/// If the binary does not exist.
+pub fn start_gateway(cx: &Context, log: &str, token: &str, url: &str, rust_log: &str) -> Result<Process> {
+    ensure!(
+        cx.gateway.exists(),
+        "{} does not exist; build it with `cargo build --bin firezone-gateway`",
+        cx.gateway.display()
+    );
+    let environment = [
+        ("FIREZONE_TOKEN", token),
+        ("FIREZONE_API_URL", url),
+        ("FIREZONE_ID", "bd7662a5-eeb4-4161-8e72-0d477abfcb22"),
+        ("FIREZONE_NAME", GATEWAY_NAME),
+        ("HEALTH_CHECK_ADDR", "127.0.0.1:8080"),
+        ("FIREZONE_NO_TELEMETRY", "true"),
+        ("RUST_LOG", rust_log),
+        ("RUST_BACKTRACE", "1"),
+        ("NO_COLOR", "1"),
+    ];
+    let environment = environment.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
+    let command = vec![cx.gateway.display().to_string()];
+    Process::spawn(
+        &cx.topology.gateway.namespace,
+        &cx.logs,
+        &Spawn { name: log, command, environment, ..Spawn::default() },
+    )
+}
+
+/// One echo each to the LAN host's IPv4 and IPv6 address.
+///
+/// # Errors
+/// If one does not come back.
+pub fn ping_both(namespace: &NetNs) -> Result<()> {
+    for address in [IpAddr::V4(LAN_HOST.0), IpAddr::V6(LAN_HOST.1)] {
+        ping(namespace, address)?;
+    }
+    Ok(())
+}
+
+/// One echo.
+///
+/// # Errors
+/// If it does not come back within 2 s.
+pub fn ping(namespace: &NetNs, address: IpAddr) -> Result<()> {
+    let said = ping_raw(namespace, &[&address.to_string()])?;
+    ensure!(said.status.success(), "no echo from {address}: {}{}", said.stdout, said.stderr);
+    Ok(())
+}
+
+/// `ping -n -c 1 -W 2` with further arguments, whatever comes of it.
+///
+/// # Errors
+/// If `ping` does not end.
+pub fn ping_raw(namespace: &NetNs, arguments: &[&str]) -> Result<Outcome> {
+    let command: Vec<&str> = ["ping", "-n", "-c", "1", "-W", "2"].iter().chain(arguments).copied().collect();
+    run(namespace, Duration::from_secs(5), &command)
+}
+
+/// Waits until an echo request to `address` is answered with "administratively prohibited".
+///
+/// # Errors
+/// If that takes longer than `limit`.
+pub fn wait_prohibited(namespace: &NetNs, address: IpAddr, limit: Duration) -> Result<()> {
+    let mut last = String::new();
+    wait_for(&format!("ICMP prohibited from {address}"), limit, || {
+        let said = run(
+            namespace,
+            Duration::from_secs(3),
+            &["ping", "-n", "-c", "1", "-W", "1", &address.to_string()],
+        )?;
+        last = said.stdout;
+        Ok(is_prohibited(&last).then_some(()))
+    })
+    .with_context(|| format!("ping said: {last}"))
+}
+
+/// What iputils prints for ICMP 3/13 and ICMPv6 1/1.
+pub fn is_prohibited(ping: &str) -> bool {
+    ping.contains("Packet filtered") || ping.contains("Administratively prohibited")
+}
+
+/// HTTP over IPv4 and IPv6.
+///
+/// # Errors
+/// If one of them fails.
+pub fn http_both(namespace: &NetNs) -> Result<()> {
+    for host in [LAN_HOST.0.to_string(), format!("[{}]", LAN_HOST.1)] {
+        let body = curl(namespace, &[&format!("http://{host}/")])?
+            .success()
+            .with_context(|| format!("HTTP to {host}"))?;
+        ensure!(body == "hello from the LAN\n", "{body:?}");
+    }
+    Ok(())
+}
+
+/// `curl -sS --max-time 5` with further arguments.
+///
+/// # Errors
+/// If curl does not end.
+pub fn curl(namespace: &NetNs, arguments: &[&str]) -> Result<Outcome> {
+    let command: Vec<&str> = ["curl", "-sS", "--max-time", "5"].iter().chain(arguments).copied().collect();
+    run(namespace, Duration::from_secs(10), &command)
+}
+
+/// When the first byte of `http://address:80/` arrives, trying again every 30 ms.
+///
+/// # Errors
+/// If there is none after `limit`.
+pub fn first_http_byte(namespace: &NetNs, address: IpAddr, limit: Duration) -> Result<Instant> {
+    namespace.run(|| {
+        let attempt = || -> std::io::Result<()> {
+            // A lost SYN would be repeated after a whole second only.
+            let mut stream =
+                TcpStream::connect_timeout(&SocketAddr::new(address, 80), Duration::from_millis(30))?;
+            stream.set_read_timeout(Some(limit))?;
+            stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+            stream.read_exact(&mut [0])
+        };
+        wait_for("the first byte over HTTP", limit, || Ok(attempt().is_ok().then(Instant::now)))
+    })
+}
+
+/// A download that runs on the side and grows a file.
+pub struct Download {
+    /// The curl process.
+    pub process: Process,
+    file: PathBuf,
+}
+
+impl Download {
+    /// Fetches `url` into a file named `name`.
+    ///
+    /// # Errors
+    /// If curl cannot be started or brings nothing within 3 s.
+    pub fn start(cx: &Context, namespace: &NetNs, name: &str, url: &str) -> Result<Self> {
+        let file = cx.logs.file(name);
+        let command = ["curl", "-sS", "-o", &file.display().to_string(), url].map(str::to_owned).to_vec();
+        let name = format!("curl-{name}");
+        let process =
+            Process::spawn(namespace, &cx.logs, &Spawn { name: &name, command, ..Spawn::default() })?;
+        let download = Self { process, file };
+        process::wait_for("the download to begin", Duration::from_secs(3), || {
+            Ok((download.length() > 0).then_some(()))
+        })?;
+        Ok(download)
+    }
+
+    /// Bytes so far.
+    pub fn length(&self) -> u64 {
+        std::fs::metadata(&self.file).map_or(0, |metadata| metadata.len())
+    }
+
+    /// Waits until at least 500 kB more have arrived than now.
+    ///
+    /// # Errors
+    /// If that takes longer than `limit`.
+    pub fn wait_growth(&self, limit: Duration) -> Result<()> {
+        let before = self.length();
+        wait_for(&format!("{} to grow", self.file.display()), limit, || {
+            Ok((self.length() >= before + 500_000).then_some(()))
+        })
+    }
+
+    /// Bytes that arrive within `time` from now.
+    pub fn growth_within(&self, time: Duration) -> u64 {
+        let before = self.length();
+        std::thread::sleep(time);
+        self.length() - before
+    }
+}
