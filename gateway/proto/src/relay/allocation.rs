@@ -449,7 +449,7 @@ impl Allocation {
     /// Sends a request or its repetition: freshly authenticated, with a new id; a BINDING unchanged.
     fn transmit(&mut self, key: Key, now: Instant, out: &mut Out) {
         let Some(pending) = self.requests.get_mut(key) else { return };
-        let (request, dst) = (pending.request, pending.dst);
+        let (request, dst, bare) = (pending.request, pending.dst, pending.bare);
         let id = match (request, pending.first_id()) {
             (Request::Binding, Some(first)) => first,
             _ => TransactionId::from(out.rng.random::<u128>()),
@@ -459,8 +459,9 @@ impl Allocation {
             self.requests.remove(key);
             return;
         };
-        let payload = codec::encode(request, id, &server.credentials, self.nonce.as_ref());
-        self.requests.sent(key, Sent { id, nonce: self.nonce_number }, now);
+        let credentials = (!bare).then_some(&server.credentials);
+        let payload = codec::encode(request, id, credentials, self.nonce.as_ref());
+        self.requests.sent(key, Sent { id, nonce: if bare { 0 } else { self.nonce_number } }, now);
         if let Request::Bind { number, .. } = request {
             self.channels.on_bind_sent(number, now);
         }

@@ -343,6 +343,7 @@ impl Relays {
         let mut servers: Vec<_> = self.relays.iter().flat_map(Allocation::addresses).collect();
         servers.sort_unstable();
         servers.dedup();
+        // The ring holds each address once, and none that is in use.
         self.removed.retain(|addr| !servers.contains(addr));
         if servers != self.announced {
             self.out.events.push_back(RelayEvent::Servers(servers.as_slice().into()));

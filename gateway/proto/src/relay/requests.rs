@@ -39,6 +39,8 @@ pub(super) struct Pending {
     pub(super) challenges: u8,
     /// How often it was refused (401) although it had a nonce.
     pub(super) rejections: u8,
+    /// Goes out without credentials (RFC 8489 section 9.2.3.1: how a client learns realm and nonce).
+    pub(super) bare: bool,
     ladder: &'static [Duration],
     sent: usize,
     due: Instant,
@@ -97,6 +99,7 @@ impl Requests {
             first_sent: now,
             challenges: 0,
             rejections: 0,
+            bare: false,
             ladder,
             sent: 0,
             due: now,
@@ -121,9 +124,10 @@ impl Requests {
         }
     }
 
-    /// Starts the ladder anew, for a repetition with another nonce; [`Requests::sent`] must follow.
-    pub(super) fn restart(&mut self, key: Key, now: Instant) {
+    /// Starts the ladder anew, for a repetition with another nonce or `bare`; [`Requests::sent`] must follow.
+    pub(super) fn restart(&mut self, key: Key, bare: bool, now: Instant) {
         if let Some(pending) = self.pending.get_mut(&key) {
+            pending.bare = bare;
             pending.sent = 0;
             pending.first_sent = now;
         }

@@ -60,7 +60,7 @@ pub(crate) struct Packet {
 pub(crate) enum Flavor {
     /// Errors carry MESSAGE-INTEGRITY; channels have a cool-down of 300 s.
     Firezone,
-    /// 401 and 438 are not authenticated; FINGERPRINT and unknown attributes everywhere; permissions live 300 s;
+    /// 401 and 438 are not authenticated, and 400 answers a signed request without nonce; FINGERPRINT and unknown attributes everywhere; permissions live 300 s;
     /// a peer with a permission but no channel arrives as DATA indication.
     Coturn,
 }
@@ -228,13 +228,17 @@ impl Twin {
         let known = self.nonces.get(&client).cloned();
         let nonce = message.attribute::<Nonce>().ok().map(|nonce| nonce.nonce().to_owned());
         let named = message.attribute::<Username>().is_ok_and(|name| name.username() == self.username);
+        let signed = message.has_attribute(MessageIntegrity::TYPE);
         let challenge = match &nonce {
+            None if signed && self.flavor == Flavor::Coturn => {
+                return Some(self.error(message, 400).finish_plain(self.flavor));
+            }
             None => Some(401),
             Some(nonce) if Some(nonce) != known.as_ref() => Some(438),
             Some(_) if !named || message.validate_integrity_with_key(&key).is_err() => Some(401),
             Some(_) => None,
         };
-        if !message.has_attribute(MessageIntegrity::TYPE) || message.attribute::<Username>().is_err() {
+        if self.flavor == Flavor::Firezone && (!signed || message.attribute::<Username>().is_err()) {
             self.sins.push("an unauthenticated request".into());
         }
         if let Some(code) = challenge {

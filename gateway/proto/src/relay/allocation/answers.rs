@@ -1,8 +1,9 @@
 //! What a server's answer does (connections.md sections 8.2 to 8.4, table of errors).
 //!
 //! Who may do what: BINDING answers are never authenticated. Every other answer needs a valid MESSAGE-INTEGRITY;
-//! the one exception is a 401 or 438 without any (coturn sends them so): it may supply a nonce, and it may end an
-//! attempt to get an allocation, but it cannot end an allocation that works.
+//! the exceptions are what coturn sends without any. A 401 or 438 may supply a nonce, and it may end an attempt to
+//! get an allocation, but it cannot end an allocation that works. A 400 to the first ALLOCATE makes us ask again
+//! without credentials, which every TURN server answers with a nonce.
 
 use std::{net::SocketAddr, time::Instant};
 
@@ -35,6 +36,7 @@ impl Allocation {
             return out.counters.count(DropReason::RelayUnexpected);
         };
         let (request, first_sent, newest) = (pending.request, pending.first_sent, pending.newest_nonce());
+        let pending_is_bare = pending.bare;
         if request == Request::Binding {
             self.rtt.sample(now.saturating_duration_since(first_sent));
             self.requests.remove(key);
@@ -54,6 +56,15 @@ impl Allocation {
                     let authentic = integrity == Integrity::Valid;
                     self.on_challenge(key, copy, refusal, authentic, now, out);
                 }
+            }
+            // coturn has no challenge for a request that is signed but has no nonce; it has one for a bare request.
+            (Body::Error(Refusal { code: 400, .. }), Integrity::Absent)
+                if request == Request::Allocate && copy.nonce == 0 && newest == 0 && !pending_is_bare =>
+            {
+                self.rtt.sample(now.saturating_duration_since(first_sent));
+                self.requests.forget_copy(key, answer.id);
+                self.requests.restart(key, true, now);
+                self.transmit(key, now, out);
             }
             (_, Integrity::Absent) => out.counters.count(DropReason::RelayUnauthenticated),
             (body, Integrity::Valid) => {
@@ -132,7 +143,7 @@ impl Allocation {
                 self.nonce = Some(challenge.nonce.clone());
                 self.nonce_number += 1;
                 if challenge.our_realm {
-                    self.requests.restart(key, now);
+                    self.requests.restart(key, false, now);
                     return self.transmit(key, now, out);
                 }
                 tracing::debug!(relay = %self.id, "Relay is of another realm");
