@@ -7,6 +7,8 @@ mod data;
 mod health;
 mod identity;
 mod logging;
+#[cfg_attr(not(test), expect(dead_code, reason = "runtime.rs is about to use it"))]
+mod portal;
 
 use std::process::ExitCode;
 
@@ -16,7 +18,8 @@ use clap::Parser as _;
 use crate::cli::Cli;
 
 // With a clock that stands still no session would ever expire or be renewed.
-const _: () = assert!(!gateway_proto::MOCK_CLOCK, "the daemon must not be built with gateway-proto's mock-instant");
+const _: () =
+    assert!(!gateway_proto::MOCK_CLOCK, "the daemon must not be built with gateway-proto's mock-instant");
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

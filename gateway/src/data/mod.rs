@@ -38,7 +38,7 @@ use gateway_proto::{
 use tokio::time::{Interval, MissedTickBehavior};
 use x25519_dalek::StaticSecret;
 
-pub use self::udp::BufferSizes;
+pub use self::udp::{BufferSizes, MARK};
 use self::{
     queue::{Commands, Events},
     udp::Sockets,

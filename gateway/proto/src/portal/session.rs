@@ -172,6 +172,12 @@ impl Session {
         Some(phoenix::encode(TOPIC_GATEWAY, event, &payload, reference))
     }
 
+    /// Would [`Session::poll_transmit`] give something?
+    #[must_use]
+    pub fn has_transmit(&self) -> bool {
+        !self.urgent.is_empty() || (matches!(self.state, State::Joined) && !self.queue.is_empty())
+    }
+
     /// What happened since the last call.
     pub fn poll_event(&mut self) -> Option<SessionEvent> {
         self.events.pop_front()
