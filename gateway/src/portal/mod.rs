@@ -48,8 +48,8 @@ pub struct Config {
     pub generation: Option<Generation>,
     /// The version in the user agent, normally [`COMPAT_VERSION`].
     pub version: String,
-    /// `SO_MARK` of the socket; `None`, for tests without `CAP_NET_ADMIN`, leaves it unmarked.
-    pub mark: Option<u32>,
+    /// Mark the socket with [`MARK`](crate::data::MARK); false only for tests without `CAP_NET_ADMIN`.
+    pub mark: bool,
 }
 
 /// What the portal task tells. After `Fatal` and after a close the channel ends.
@@ -131,7 +131,7 @@ pub fn spawn(config: Config) -> Result<(Handle, mpsc::Receiver<Event>)> {
         login: config.login,
         token,
         tls,
-        mark: config.mark,
+        mark: config.mark.then_some(crate::data::MARK),
     };
     let task = task::Task::new(dialer, config.max_partition_time, config.generation, command_queue, events);
     tokio::spawn(task.run());

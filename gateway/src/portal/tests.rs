@@ -355,7 +355,7 @@ fn config(url: &str) -> Config {
         max_partition_time: Duration::from_secs(3600),
         generation: None,
         version: COMPAT_VERSION.to_owned(),
-        mark: None,
+        mark: false,
     }
 }
 
