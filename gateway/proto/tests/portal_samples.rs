@@ -1,5 +1,7 @@
 //! Recorded portal sessions of both generations, replayed through parser, session and encoder.
 
+use std::time::Instant;
+
 use base64::{Engine, engine::general_purpose::STANDARD};
 use gateway_proto::{
     ids::ClientId,
@@ -8,9 +10,11 @@ use gateway_proto::{
         login_url::LoginUrl,
         messages::{Egress, Ingress},
         phoenix::{self, Frame, Status},
+        session::{Session, SessionEvent},
     },
 };
-use serde_json::Value;
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use serde_json::{Value, json};
 
 const SAMPLES: [(&str, Generation, &str); 4] = [
     ("head-direct", Generation::V2, include_str!("samples/head-direct.gateway.jsonl")),
@@ -122,6 +126,69 @@ fn the_recorded_connect_requests_are_ours() {
         assert_eq!(target.path(), connect["path"], "{name}");
         let ours = target.query_pairs().map(|(k, v)| (k.into_owned(), Value::from(v.into_owned()))).collect();
         assert_eq!(*query, ours, "{name}");
+    }
+}
+
+/// Damaged in its bytes, or with a member replaced by something of another type.
+#[test]
+fn damaged_messages_never_panic() {
+    let mut rng = SmallRng::seed_from_u64(2);
+    #[expect(clippy::disallowed_methods, reason = "a test needs some instant to start from")]
+    let now = Instant::now();
+    let (mut messages_read, mut malformed) = (0, 0);
+    for (_, generation, lines) in SAMPLES {
+        for line in messages(lines, "from-portal") {
+            for _ in 0..200 {
+                let mut session = Session::new(generation, now);
+                let mut damaged = line.clone();
+                replace_one(&mut damaged["payload"], &mut rng);
+                session.handle_text(&damaged.to_string(), now);
+                let mut bytes = line.to_string().into_bytes();
+                for _ in 0..rng.random_range(1..4) {
+                    let at = rng.random_range(0..bytes.len());
+                    bytes[at] = rng.random();
+                }
+                bytes.truncate(rng.random_range(0..=bytes.len() * 2));
+                session.handle_text(&String::from_utf8_lossy(&bytes), now);
+                while let Some(event) = session.poll_event() {
+                    match event {
+                        SessionEvent::Push { parsed: Parsed::Message { .. }, .. } => messages_read += 1,
+                        SessionEvent::Push { parsed: Parsed::Malformed(_), .. } => malformed += 1,
+                        _ => {}
+                    }
+                }
+            }
+        }
+    }
+    // Both outcomes are met often, or the damage is not what it should be.
+    assert!(messages_read > 1000 && malformed > 500, "{messages_read} {malformed}");
+}
+
+/// Walks down a random path and replaces what is there.
+fn replace_one(value: &mut Value, rng: &mut SmallRng) {
+    let deeper = rng.random_bool(0.8);
+    match value {
+        Value::Object(members) if deeper && !members.is_empty() => {
+            let at = rng.random_range(0..members.len());
+            replace_one(members.values_mut().nth(at).expect("the index is in range"), rng);
+        }
+        Value::Array(values) if deeper && !values.is_empty() => {
+            let at = rng.random_range(0..values.len());
+            replace_one(&mut values[at], rng);
+        }
+        other => {
+            let odd = [
+                json!(null),
+                json!(-1),
+                json!(1e300),
+                json!(""),
+                json!([]),
+                json!({}),
+                json!(u64::MAX),
+                json!("é/:"),
+            ];
+            *other = odd[rng.random_range(0..odd.len())].clone();
+        }
     }
 }
 

@@ -78,13 +78,20 @@ impl Dialer {
     async fn dial(&self, addresses: &[IpAddr]) -> Result<TcpStream, Failure> {
         let port = self.login.port();
         let mut attempts = FuturesUnordered::new();
+        let mut last = String::new();
         for ip in addresses {
             let address = SocketAddr::new(*ip, port);
-            let socket = marked_tcp_socket(address, self.mark)?;
-            attempts.push(async move { (address, socket.connect(address).await) });
+            match marked_tcp_socket(address, self.mark) {
+                Ok(socket) => attempts.push(async move { (address, socket.connect(address).await) }),
+                Err(failure @ Failure::Mark(_)) => return Err(failure),
+                // A kernel without IPv6 must not keep us from IPv4.
+                Err(failure) => {
+                    tracing::debug!(%address, %failure, "Cannot dial an address of the portal");
+                    last = failure.to_string();
+                }
+            }
         }
         let first = async {
-            let mut last = String::new();
             while let Some((address, result)) = attempts.next().await {
                 match result {
                     Ok(stream) => return Ok(stream),

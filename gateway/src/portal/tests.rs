@@ -346,6 +346,72 @@ async fn a_token_that_cannot_be_sent_is_refused_at_start() {
     }
 }
 
+#[tokio::test]
+async fn the_log_at_trace_shows_the_messages_and_none_of_their_secrets() {
+    let sample = include_str!("../../proto/tests/samples/nov25-relayed.gateway.jsonl");
+    let pushes: Vec<Value> = sample
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|line| line["dir"] == "from-portal" && line["msg"]["event"] != "phx_reply")
+        .map(|mut line| line["msg"].take())
+        .collect();
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(move || writer.clone())
+        .with_ansi(false)
+        .finish();
+    // The runtime of a test is this thread.
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let (listener, url) = listen().await;
+    let (handle, mut events) = spawn(Config { generation: Some(Generation::V1), ..config(&url) }).unwrap();
+    let mut socket = accept(&listener).await.0;
+    join(&mut socket).await;
+    assert!(matches!(next(&mut events).await, Event::Connected { .. }));
+    let mut secrets = vec![TOKEN.to_owned(), ".SFMyNTY.secret%2Btoken%2Fwith%3Dsigns".to_owned()];
+    for message in pushes {
+        let payload = &message["payload"];
+        let members = [
+            &payload["client"]["preshared_key"],
+            &payload["flow_logs_ingest_token"],
+            &payload["client_ice_credentials"]["password"],
+            &payload["gateway_ice_credentials"]["password"],
+            &payload["relays"][0]["password"],
+        ];
+        secrets.extend(members.into_iter().filter_map(Value::as_str).map(str::to_owned));
+        push(&mut socket, message["event"].as_str().unwrap(), payload.clone()).await;
+        tracing::debug!(event = ?next(&mut events).await, "What main sees");
+    }
+    handle.send(Egress::NoRelays);
+    read(&mut socket).await;
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    for shown in
+        ["wire::api::recv", "wire::api::send", "authorize_flow", "no_relays", "[redacted]", "What main sees"]
+    {
+        assert!(log.contains(shown), "{shown} is missing in {log}");
+    }
+    assert_eq!(secrets.len(), 2 + 1 + 3 * 4);
+    for secret in secrets {
+        assert!(!log.contains(&secret), "{secret} is in {log}");
+    }
+}
+
+/// What a subscriber wrote.
+#[derive(Clone, Default)]
+struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 fn config(url: &str) -> Config {
     let login = LoginUrl::new(url, "11111111-1111-4111-8111-111111111111", "gw 1", &[7; 32]).unwrap();
     Config {
