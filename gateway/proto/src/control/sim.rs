@@ -674,11 +674,7 @@ impl Client {
     fn drive(&mut self, now: Instant) {
         while let Some(event) = self.relays.poll_event() {
             match event {
-                RelayEvent::Added(found, relay) if self.started => {
-                    if relay == self.relay {
-                        self.adds(&found);
-                    }
-                }
+                RelayEvent::Added(found, relay) if self.started && relay == self.relay => self.adds(&found),
                 RelayEvent::ChannelBound { server, number, peer, .. } => {
                     self.channels.insert((server, number), peer);
                 }
