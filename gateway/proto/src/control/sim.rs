@@ -138,6 +138,8 @@ pub(super) struct World {
     pub(super) gateway: Control,
     pub(super) client: Client,
     pub(super) twins: Vec<(RelayId, Twin)>,
+    /// Every datagram the gateway sent, before any translation.
+    pub(super) sent: Vec<(Instant, Packet)>,
     /// What the gateway told the portal.
     pub(super) said: Vec<Egress>,
     pub(super) events: Vec<Event>,
@@ -174,6 +176,7 @@ pub(super) struct Client {
     /// Told to start by the gateway's acknowledgement.
     pub(super) authorized: usize,
     started: bool,
+    silent: bool,
 }
 
 impl World {
@@ -225,6 +228,7 @@ impl World {
             gateway: Control::new(Config { seed: 1, unix_now, now: start }),
             client: Client::new(client_host, start),
             twins,
+            sent: Vec::new(),
             said: Vec::new(),
             events: Vec::new(),
             states: HashMap::new(),
@@ -445,6 +449,9 @@ impl World {
         let Some(src) = transmit.src.or_else(|| hosts.iter().find(family).copied()) else { return };
         assert!(hosts.contains(&src), "sent from {src}, which is not ours");
         let mut packet = Packet { src, dst: transmit.dst, payload: transmit.payload };
+        if from == Side::Gateway {
+            self.sent.push((self.now, packet.clone()));
+        }
         if let Some(nat) = nat {
             nat.outbound(&mut packet);
         }
@@ -559,6 +566,7 @@ impl Client {
             nominated: None,
             authorized: 0,
             started: false,
+            silent: false,
         }
     }
 
@@ -592,7 +600,15 @@ impl Client {
         candidate.to_sdp_string()
     }
 
+    /// It neither signals nor checks nor answers any more.
+    pub(super) fn falls_silent(&mut self) {
+        self.silent = true;
+    }
+
     fn hears(&mut self, message: Egress, now: Instant) {
+        if self.silent {
+            return;
+        }
         match message {
             Egress::Authorized { .. } => {
                 self.authorized += 1;
@@ -684,7 +700,7 @@ impl Client {
                 _ => {}
             }
         }
-        if !self.started {
+        if !self.started || self.silent {
             return;
         }
         loop {
@@ -719,7 +735,7 @@ impl Client {
     }
 
     fn poll_timeout(&mut self) -> Option<Instant> {
-        let agent = self.started.then(|| self.agent.poll_timeout()).flatten();
+        let agent = (self.started && !self.silent).then(|| self.agent.poll_timeout()).flatten();
         [agent, self.relays.poll_timeout()].into_iter().flatten().min()
     }
 }
@@ -925,27 +941,39 @@ mod tests {
     }
 
     #[test]
-    fn checks_follow_the_recorded_schedule_and_slow_down_when_idle() {
-        // test-vectors.md section 6: 0, 0.25, 0.75, 1.75, 3.75 s for HEAD.
+    fn checks_follow_the_recorded_schedule() {
+        // test-vectors.md section 6: 0, 0.25, 0.75, 1.75, 3.75 s for HEAD, and no pacing between pairs.
         let mut world = World::new(epoch(), 1);
         world.run(Duration::from_secs(1));
         world.authorize(1);
         world.link.mtu = 0;
-        let host = "candidate:1 1 udp 2130706175 192.0.2.2 52625 typ host ufrag o7vl".to_owned();
+        let host = |n| format!("candidate:1 1 udp 2130706175 192.0.2.{n} 52625 typ host ufrag o7vl");
         let began = world.now;
-        world.gateway.handle_ingress(Ingress::IceCandidates(world.client.id, vec![host]), began);
-        let mut times = Vec::new();
-        let mut now = began;
-        while now < began + Duration::from_secs(4) {
-            while let Some(transmit) = world.gateway.poll_transmit() {
-                if transmit.src.is_some() {
-                    times.push((now - began).as_millis());
-                }
-            }
-            now = world.gateway.poll_timeout().unwrap();
-            world.gateway.handle_timeout(now);
+        world.ingress(Ingress::IceCandidates(world.client.id, vec![host(2), host(3)]));
+        world.run(Duration::from_secs(4));
+        for peer in ["192.0.2.2:52625", "192.0.2.3:52625"] {
+            assert_eq!(checks(&world, began, |p| p.dst == at(peer)), [0, 250, 750, 1750, 3750], "{peer}");
         }
-        assert_eq!(times, [0, 250, 750, 1750, 3750]);
+    }
+
+    #[test]
+    fn a_signalled_relay_is_checked_at_once_and_a_host_with_the_second_try() {
+        // connections.md section 6.4: the first check through our relay to a host only starts the binding.
+        let relay = "candidate:1 1 udp 37748479 203.0.113.9 5000 typ relay raddr 0.0.0.0 rport 0 ufrag o7vl";
+        let host = "candidate:1 1 udp 2130706175 192.0.2.2 52625 typ host ufrag o7vl";
+        for (line, expect) in [(relay, [0, 250, 750]), (host, [250, 750, 1750])] {
+            let mut world = World::new(epoch(), 1);
+            world.run(Duration::from_secs(1));
+            world.authorize(1);
+            let began = world.now;
+            world.direct_is_blocked = true;
+            world.ingress(Ingress::IceCandidates(world.client.id, vec![line.to_owned()]));
+            world.client.falls_silent();
+            world.run(Duration::from_secs(2));
+            let relayed =
+                checks(&world, began, |p| gateway_common::channel_data::parse(&p.payload).is_some());
+            assert_eq!(relayed[..3], expect, "{line}");
+        }
     }
 
     #[test]
@@ -955,16 +983,40 @@ mod tests {
         world.authorize(1);
         world.run_until("connected", SOON, World::is_connected);
         world.run(Duration::from_secs(60));
-        assert!(world.gateway.connection(world.client.id).unwrap().is_idle());
-        let index = world.index().unwrap();
+        let to_client = |p: &Packet| p.dst == at("192.0.2.2:52625") && p.payload.starts_with(&[0, 1]);
+        let idle_since = world.now;
+        world.run(Duration::from_secs(100));
+        assert_eq!(checks(&world, idle_since, to_client).len(), 4);
+        let (id, index) = (world.client.id, world.index().unwrap());
         let now = world.now;
-        world.worker_event(WorkerEvent::Activity { id: world.client.id, index, at: now });
-        assert!(!world.gateway.connection(world.client.id).unwrap().is_idle());
-        world.run(Duration::from_secs(19));
-        assert!(!world.gateway.connection(world.client.id).unwrap().is_idle());
-        world.run(Duration::from_secs(2));
-        assert!(world.gateway.connection(world.client.id).unwrap().is_idle());
+        world.worker_event(WorkerEvent::Activity { id, index, at: now });
+        assert!(!world.gateway.connection(id).unwrap().is_idle());
+        world.run(Duration::from_millis(19_999));
+        assert!(!world.gateway.connection(id).unwrap().is_idle());
+        world.run(Duration::from_millis(1));
+        assert!(world.gateway.connection(id).unwrap().is_idle(), "20 s later, exactly");
         assert!(world.is_connected());
+        assert!(checks(&world, now, to_client).len() >= 2, "every 15 s while data flows");
+    }
+
+    #[test]
+    fn a_path_through_an_allocation_that_went_is_none() {
+        let mut world = World::new(epoch(), 1);
+        world.direct_is_blocked = true;
+        world.run(Duration::from_secs(1));
+        world.authorize(1);
+        world.run_until("connected", SOON, World::is_connected);
+        world.run(SOON);
+        assert!(matches!(world.path(), Some(Path::Relayed { .. })));
+        let relay = world.selected();
+        let before = world.sent.len();
+        world.ingress(Ingress::RelaysPresence { disconnected: vec![relay], connected: vec![] });
+        assert_eq!(world.path(), None);
+        assert!(world.index().is_some(), "another relay may come");
+        world.run(Duration::from_millis(500));
+        let (_, twin) = &world.twins[0];
+        let servers: Vec<_> = twin.entries(relay).iter().map(|r| r.addr).collect();
+        assert!(world.sent[before..].iter().all(|(_, p)| !servers.contains(&p.dst)));
     }
 
     #[test]
@@ -978,6 +1030,12 @@ mod tests {
         // "without a direct path both sides settle on client host <-> gateway's relay" (test-vectors.md section 5).
         let kind = world.gateway.connection(world.client.id).unwrap().path_kind();
         assert_eq!(kind, Some(PathKind::RelayToPeer), "{world:#?}");
+    }
+
+    /// When datagrams that `select` knows were sent, in milliseconds since `since`.
+    fn checks(world: &World, since: Instant, select: impl Fn(&Packet) -> bool) -> Vec<u128> {
+        let sent = world.sent.iter().filter(|(at, packet)| *at >= since && select(packet));
+        sent.map(|(at, _)| (*at - since).as_millis()).collect()
     }
 
     fn lines_since(world: &World, before: usize, added: bool) -> Vec<String> {

@@ -2,11 +2,15 @@
 
 use std::{
     net::SocketAddr,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use gateway_common::DropReason;
-use is::{DefaultSha1HmacProvider, Sha1HmacProvider, stun::StunMessage};
+use is::{
+    DefaultSha1HmacProvider, Sha1HmacProvider,
+    stun::{StunMessage, TransId},
+};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -473,6 +477,57 @@ fn stun_for_nobody_is_counted_and_not_answered() {
 }
 
 #[test]
+fn a_peer_that_claims_our_role_is_ignored_and_we_keep_it() {
+    // Authentic, and with a tie-breaker that would win.
+    let request = StunMessage::binding_request("7swh:o7vl", TransId::new(), false, u64::MAX, 7, false);
+    let mut claim = vec![0; 256];
+    let hmac = |key: &[u8], payloads: &[&[u8]]| DefaultSha1HmacProvider.sha1_hmac(key, payloads);
+    let len = request.to_bytes(Some(b"v4gth7yrtmrzjum2tyhguq"), &mut claim, hmac).unwrap();
+    let mut world = settled();
+    world.authorize(1);
+    let answers = answers_to(&mut world, &claim[..len], "192.0.2.2:52625".parse().unwrap());
+    assert_eq!(answers.len(), 0);
+    world.run_until("connected", 3 * SECOND, World::is_connected);
+    let checks: Vec<_> = world.sent.iter().filter(|(_, p)| p.payload.starts_with(&[0, 1, 0, 0x44])).collect();
+    assert!(!checks.is_empty());
+    for (_, check) in checks {
+        assert!(StunMessage::parse(&check.payload).unwrap().ice_controlled().is_some());
+    }
+}
+
+#[test]
+fn no_secret_reaches_the_log_at_any_level() {
+    let log = Log::default();
+    let subscriber =
+        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(log.clone()).finish();
+    // The client of the simulation is no part of the gateway: it is made before, and the ICE library writes no
+    // credentials after that.
+    let mut world = World::bare(epoch(), 2, None, None);
+    let text = tracing::subscriber::with_default(subscriber, || {
+        world.portal_returns();
+        let init = world.init(Some(vec![]));
+        world.ingress(Ingress::Init(Box::new(init)));
+        world.run(SECOND);
+        world.authorize(1);
+        world.authorize(1);
+        world.run(5 * SECOND);
+        let removed = world.twins[0].0;
+        world.ingress(Ingress::RelaysPresence { disconnected: vec![removed], connected: vec![] });
+        world.run(5 * SECOND);
+        let client = world.client.id;
+        world.ingress(Ingress::RejectAccess(client, ResourceId(Uuid::from_u128(1))));
+        log.text()
+    });
+    assert!(text.contains("Access allowed") && text.contains("TRACE"), "the log was looked at: {text}");
+    assert!(!text.contains(" WARN "), "normal operation logs no WARN: {text}");
+    let turn = world.init(None).relays.into_iter().map(|r| r.password.0.to_string());
+    let ice = ["v4gth7yrtmrzjum2tyhguq".to_owned(), "5dm2b4nl6bk6m77jluz5md".to_owned()];
+    for secret in turn.chain(ice) {
+        assert!(!text.contains(&secret), "{secret}");
+    }
+}
+
+#[test]
 fn a_sender_of_many_ports_cannot_fill_our_memory() {
     let mut world = settled();
     world.authorize(1);
@@ -590,6 +645,35 @@ fn state_path(world: &mut World) -> Option<Path> {
     world.run(Duration::ZERO);
     world.portal_returns();
     world.path()
+}
+
+/// What was logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl tracing_subscriber::fmt::MakeWriter<'_> for Log {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
 }
 
 fn unhex(text: &str) -> Vec<u8> {
