@@ -4,7 +4,7 @@
 //! network is two namespaces that the test makes and removes:
 //!
 //! ```text
-//!   [ sender ] b 10.99.7.2, fd99:7::2 ---- veth ---- a 10.99.7.1, fd99:7::1 [ receiver ]  <- XDP uplink, native
+//!   [ sender ] far0 10.99.7.2, fd99:7::2 --- veth --- up0 10.99.7.1, fd99:7::1 [ receiver ]   XDP uplink on up0, native
 //! ```
 
 use std::{
@@ -59,7 +59,7 @@ fn bpf_counts_datagrams_of_real_sockets_on_a_veth() {
     let network = Network::make().unwrap();
     let mut plane = KernelPlane::load(object()).unwrap();
     let plane = network.enter("receiver", move || {
-        plane.attach("a", XdpMode::Driver)?;
+        plane.attach("up0", XdpMode::Driver)?;
         Ok(plane)
     });
     let plane = plane.unwrap();
@@ -159,10 +159,10 @@ impl Network {
     fn make() -> Result<Self> {
         let network = Self { prefix: format!("fz-bpf-{}", std::process::id()) };
         let (sender, receiver) = (network.namespace("sender"), network.namespace("receiver"));
-        let sides = [(&receiver, "a", 1, 2), (&sender, "b", 2, 1)];
+        let sides = [(&receiver, "up0", 1, 2), (&sender, "far0", 2, 1)];
         ip(&format!("netns add {sender}"))?;
         ip(&format!("netns add {receiver}"))?;
-        ip(&format!("-n {receiver} link add a type veth peer name b netns {sender}"))?;
+        ip(&format!("-n {receiver} link add name up0 type veth peer name far0 netns {sender}"))?;
         for (namespace, name, own, _) in sides {
             ip(&format!("-n {namespace} link set {name} address 02:00:00:00:07:0{own} up"))?;
             ip(&format!("-n {namespace} address add 10.99.7.{own}/24 dev {name}"))?;
@@ -176,7 +176,7 @@ impl Network {
             }
         }
         let deadline = Instant::now() + Duration::from_secs(5);
-        while !std::str::from_utf8(&ip(&format!("-n {receiver} link show a"))?)?.contains("state UP") {
+        while !std::str::from_utf8(&ip(&format!("-n {receiver} link show up0"))?)?.contains("state UP") {
             ensure!(Instant::now() < deadline, "the veth does not come up");
             std::thread::sleep(Duration::from_millis(10));
         }
