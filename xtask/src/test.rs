@@ -203,7 +203,7 @@ const MANIFESTS: [&str; 2] = ["Cargo.toml", "gateway-ebpf/Cargo.toml"];
 fn deny() -> Result<Outcome> {
     for manifest in MANIFESTS {
         let checks = ["licenses", "bans", "sources"];
-        passes(cargo_deny(manifest).args(checks))?;
+        passes(cargo_deny(manifest, &[]).args(checks))?;
     }
     succeeded(Ok(()))
 }
@@ -216,15 +216,15 @@ fn advisories() -> Result<Outcome> {
         return Ok(Outcome::Skipped(format!("no advisory database in {folder}; `cargo deny fetch` gets it")));
     }
     for manifest in MANIFESTS {
-        passes(cargo_deny(manifest).args(["advisories", "--disable-fetch"]))?;
+        passes(cargo_deny(manifest, &["--offline"]).arg("advisories"))?;
     }
     succeeded(Ok(()))
 }
 
-fn cargo_deny(manifest: &str) -> Command {
+fn cargo_deny(manifest: &str, options: &[&str]) -> Command {
     let mut cargo = run::cargo();
-    cargo.args(["deny", "--manifest-path", manifest, "--log-level", "warn", "check"]);
-    cargo.arg("--config").arg(run::root().join("deny.toml"));
+    cargo.args(["deny", "--workspace", "--log-level", "error", "--manifest-path", manifest]);
+    cargo.args(options).arg("--config").arg(run::root().join("deny.toml")).arg("check");
     cargo
 }
 

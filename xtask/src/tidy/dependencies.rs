@@ -93,6 +93,6 @@ mod tests {
         let complaints = reached("gateway-proto", tree);
         assert_eq!(complaints.len(), 1, "{complaints:?}");
         assert!(complaints[0].contains("tokio") && complaints[0].contains("no runtime"));
-        assert!(reached("xtask", tree).is_empty());
+        assert!(reached("firezone-gateway", tree).is_empty());
     }
 }
