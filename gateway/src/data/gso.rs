@@ -12,7 +12,7 @@ use std::{
 
 use gateway_common::{Counters, DropReason};
 use gateway_proto::{Ecn, Route};
-use quinn_udp::{EcnCodepoint, UdpSocketState};
+use quinn_udp::EcnCodepoint;
 use rustc_hash::FxHashMap;
 
 use super::udp::DataSocket;
@@ -80,7 +80,7 @@ impl Outlet {
             {
                 // quinn-udp takes EINVAL for an ancient kernel and stops setting ECN for the life of its state.
                 // It is also what a source address that has left this machine gets.
-                if let Ok(state) = UdpSocketState::new((&socket.socket).into()) {
+                if let Ok(state) = super::udp::state_of(&socket.socket) {
                     socket.state = state;
                 }
             }

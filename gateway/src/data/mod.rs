@@ -20,8 +20,12 @@ mod checksum;
 mod coalesce;
 mod gso;
 mod headers;
+#[cfg(test)]
+mod netns_tests;
 mod queue;
 mod split;
+#[cfg(test)]
+mod test_packets;
 mod tun;
 mod udp;
 mod virtio;
@@ -93,9 +97,13 @@ impl DataPlane {
             now: std::time::Instant::now(),
         });
         let worker = WorkerThread::spawn(core, sockets, &config.tun_name, commands.clone(), events.clone())?;
+        Ok(Self::of(commands, events, for_control, worker))
+    }
+
+    fn of(commands: Arc<Commands>, events: Arc<Events>, sockets: Sockets, worker: WorkerThread) -> Self {
         let mut watch = tokio::time::interval(Duration::from_secs(1));
         watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Self { commands, events, sockets: for_control, worker, watch, drops: 0.into() })
+        Self { commands, events, sockets, worker, watch, drops: 0.into() }
     }
 
     /// Tells the worker what is true. Replaces an earlier command of the same key that it has not seen yet; takes

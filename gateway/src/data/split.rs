@@ -207,3 +207,216 @@ impl Cut {
         len
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+
+    use super::{super::test_packets::Spec, *};
+
+    #[test]
+    fn super_packets_become_the_packets_a_sender_without_offload_would_send() {
+        for (v6, tcp) in [(false, true), (true, true), (false, false), (true, false)] {
+            for (size, len) in
+                [(1000, 5000), (1000, 5001), (1200, 65_000), (900, 899), (900, 900), (500, 1), (300, 60_000)]
+            {
+                let whole =
+                    Spec { v6, tcp, flags: 0x99, id: 65_530, payload: pattern(len), ..Spec::default() };
+                let header = header_of(&whole, size);
+                let (got, drops) = split(&[(header, whole.build())]);
+                assert_eq!(got, expected(&whole, size.into()), "v6 {v6}, tcp {tcp}, {len} bytes in {size}");
+                assert_eq!(drops, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn tcp_ecn_bit_of_the_type_is_understood() {
+        let whole = Spec { flags: 0x90, payload: pattern(3000), ..Spec::default() };
+        let header = Header { gso_type: virtio::GSO_TCPV4 | virtio::GSO_ECN, ..header_of(&whole, 1000) };
+        assert_eq!(split(&[(header, whole.build())]), (expected(&whole, 1000), 0));
+    }
+
+    #[test]
+    fn missing_checksums_are_completed() {
+        for (v6, tcp) in [(false, true), (true, true), (false, false), (true, false)] {
+            for len in [0, 1, 2, 777, 1200] {
+                let spec = Spec { v6, tcp, payload: pattern(len), ..Spec::default() };
+                let whole = spec.build();
+                let layout = Layout::of(&whole).unwrap();
+                let field = layout.l4 + layout.transport.checksum_offset();
+                let mut partial = whole.clone();
+                let pseudo = checksum::fold(layout.pseudo_header(&whole, whole.len()));
+                partial[field..field + 2].copy_from_slice(&pseudo);
+                let header = Header { gso_type: 0, ..header_of(&spec, 0) };
+                assert_eq!(split(&[(header, partial)]), (vec![whole], 0), "v6 {v6}, tcp {tcp}, {len} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn udp_checksum_that_sums_up_to_zero_is_sent_as_ones() {
+        let mut rng = SmallRng::seed_from_u64(3);
+        let spec = std::iter::repeat_with(|| {
+            let payload = rng.random::<[u8; 4]>().to_vec();
+            Spec { v6: true, tcp: false, payload, ..Spec::default() }
+        })
+        .find(|spec| spec.build()[46..48] == [0xff, 0xff])
+        .unwrap();
+        let mut partial = spec.build();
+        let layout = Layout::of(&partial).unwrap();
+        let pseudo = checksum::fold(layout.pseudo_header(&partial, partial.len()));
+        partial[46..48].copy_from_slice(&pseudo);
+        assert_eq!(
+            split(&[(Header { gso_type: 0, ..header_of(&spec, 0) }, partial)]),
+            (vec![spec.build()], 0)
+        );
+    }
+
+    #[test]
+    fn what_does_not_add_up_is_counted_and_the_batch_goes_on() {
+        let whole = Spec { payload: pattern(3000), ..Spec::default() };
+        let good = header_of(&whole, 1000);
+        let plain = Header { gso_type: 0, ..good };
+        let bytes = whole.build();
+        let changed = |at: usize, value: u8| {
+            let mut bytes = bytes.clone();
+            bytes[at] = value;
+            bytes
+        };
+        let table: &[(&str, Header, Vec<u8>)] = &[
+            ("segment size 0", Header { gso_size: 0, ..good }, bytes.clone()),
+            ("segments above the MTU", Header { gso_size: 1281 - 52, ..good }, bytes.clone()),
+            ("too many segments", Header { gso_size: 10, ..good }, bytes.clone()),
+            ("UDP type on TCP", Header { gso_type: virtio::GSO_UDP_L4, ..good }, bytes.clone()),
+            ("IPv6 type on IPv4", Header { gso_type: virtio::GSO_TCPV6, ..good }, bytes.clone()),
+            ("UFO", Header { gso_type: 3, ..good }, bytes.clone()),
+            ("unknown type", Header { gso_type: 77, ..good }, bytes.clone()),
+            ("IP options", good, changed(0, 0x46)),
+            ("version 5", good, changed(0, 0x55)),
+            ("total length wrong", good, changed(3, 1)),
+            ("a fragment", good, changed(6, 0x20)),
+            ("another protocol", good, changed(9, 1)),
+            ("TCP header too short", good, changed(32, 0x40)),
+            ("cut within the IP header", good, bytes[..19].to_vec()),
+            ("no packet", good, Vec::new()),
+            ("no packet, no offload", plain, Vec::new()),
+            ("checksum behind the end", Header { csum_start: 3100, ..plain }, bytes.clone()),
+            ("checksum field behind the end", Header { csum_offset: 3031, ..plain }, bytes.clone()),
+            ("all ones", Header::from_bytes(&[0xff; 10]), bytes.clone()),
+        ];
+        for (name, header, packet) in table {
+            let (got, drops) = split(&[(*header, packet.clone()), (good, bytes.clone())]);
+            assert_eq!((got.len(), drops), (3, 1), "{name}");
+        }
+    }
+
+    #[test]
+    fn random_bytes_neither_panic_nor_grow() {
+        let mut rng = SmallRng::seed_from_u64(4);
+        let whole = Spec { payload: pattern(3000), ..Spec::default() };
+        let mut reader = Reader::new(true);
+        for _ in 0..20_000 {
+            let mut bytes = header_of(&whole, 1000).to_bytes().to_vec();
+            bytes.extend(whole.build());
+            for _ in 0..rng.random_range(1..6) {
+                let at = rng.random_range(0..70);
+                bytes[at] = rng.random();
+            }
+            bytes.truncate(rng.random_range(0..=bytes.len()));
+            let mut reads = [bytes].into_iter();
+            reader.fill(|buffer| copy(reads.next(), buffer), &mut Counters::default()).unwrap();
+            assert!(reader.packets().count() <= MAX_SEGMENTS);
+        }
+    }
+
+    #[test]
+    fn batch_ends_before_the_buffer_does() {
+        let whole = Spec { payload: pattern(65_000), ..Spec::default() };
+        let mut one = header_of(&whole, 300).to_bytes().to_vec();
+        one.extend(whole.build());
+        let mut reader = Reader::new(true);
+        let mut total = 0;
+        for _ in 0..3 {
+            let more =
+                reader.fill(|buffer| copy(Some(one.clone()), buffer), &mut Counters::default()).unwrap();
+            assert!(more, "the device always has another");
+            total += reader.packets().count();
+        }
+        assert_eq!(total % 65_000usize.div_ceil(300), 0);
+    }
+
+    #[test]
+    fn device_without_headers_is_read_as_it_is() {
+        let packet = Spec::default().build();
+        let mut reads = vec![packet.clone(), vec![], packet.clone()].into_iter();
+        let mut reader = Reader::new(false);
+        let mut drops = Counters::default();
+        assert!(!reader.fill(|buffer| copy(reads.next(), buffer), &mut drops).unwrap());
+        assert_eq!(reader.packets().map(|p| p.to_vec()).collect::<Vec<_>>(), [packet.clone(), packet]);
+        assert_eq!(drops.get(DropReason::MalformedOffload), 1, "the empty read");
+    }
+
+    /// What a sender without offload would have sent.
+    fn expected(whole: &Spec, size: usize) -> Vec<Vec<u8>> {
+        let last = whole.payload.chunks(size).count() - 1;
+        let segment = |(i, chunk): (usize, &[u8])| {
+            let mut flags = whole.flags;
+            if i < last {
+                flags &= !0x09;
+            }
+            if i > 0 {
+                flags &= !0x80;
+            }
+            let i = u32::try_from(i).unwrap();
+            Spec {
+                seq: whole.seq.wrapping_add(i * u32::try_from(size).unwrap()),
+                id: whole.id.wrapping_add(u16::try_from(i).unwrap()),
+                flags,
+                payload: chunk.to_vec(),
+                ..whole.clone()
+            }
+            .build()
+        };
+        whole.payload.chunks(size).enumerate().map(segment).collect()
+    }
+
+    fn header_of(spec: &Spec, size: u16) -> Header {
+        let l4 = if spec.v6 { 40 } else { 20 };
+        let gso_type = match (spec.tcp, spec.v6) {
+            (true, false) => virtio::GSO_TCPV4,
+            (true, true) => virtio::GSO_TCPV6,
+            (false, _) => virtio::GSO_UDP_L4,
+        };
+        let csum_offset = if spec.tcp { 16 } else { 6 };
+        Header {
+            flags: virtio::NEEDS_CSUM,
+            gso_type,
+            hdr_len: 0,
+            gso_size: size,
+            csum_start: l4,
+            csum_offset,
+        }
+    }
+
+    fn split(reads: &[(Header, Vec<u8>)]) -> (Vec<Vec<u8>>, u64) {
+        let mut reads = reads.iter().map(|(header, packet)| [&header.to_bytes()[..], packet].concat());
+        let (mut reader, mut drops) = (Reader::new(true), Counters::default());
+        let mut got = Vec::new();
+        while reader.fill(|buffer| copy(reads.next(), buffer), &mut drops).unwrap() {
+            got.extend(reader.packets().map(|p| p.to_vec()));
+        }
+        got.extend(reader.packets().map(|p| p.to_vec()));
+        (got, drops.get(DropReason::MalformedOffload))
+    }
+
+    fn copy(read: Option<Vec<u8>>, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = read.ok_or(io::ErrorKind::WouldBlock)?;
+        buffer[..read.len()].copy_from_slice(&read);
+        Ok(read.len())
+    }
+
+    fn pattern(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i * 7 % 251) as u8).collect()
+    }
+}

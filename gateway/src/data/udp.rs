@@ -12,7 +12,10 @@ use anyhow::{Context as _, Result, bail};
 use arrayvec::ArrayVec;
 use gateway_common::{Counters, DropReason};
 use gateway_proto::{Datagram, Ecn, Transmit, addr::MAX_DATAGRAM};
-use nix::{setsockopt_impl, sockopt_impl, sys::socket::setsockopt};
+use nix::{
+    setsockopt_impl, sockopt_impl,
+    sys::socket::{setsockopt, sockopt::ReceiveTimestampns},
+};
 use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -146,14 +149,14 @@ impl DataSocket {
         }
         size_buffers(&socket, sizes);
         let socket = UdpSocket::from(socket);
-        let state = UdpSocketState::new((&socket).into())?;
+        let state = state_of(&socket)?;
         let port = socket.local_addr()?.port();
         Ok(Self { socket, state, port, v6: ip.is_ipv6() })
     }
 
     fn try_clone(&self) -> io::Result<Self> {
         let socket = self.socket.try_clone()?;
-        let state = UdpSocketState::new((&socket).into())?;
+        let state = state_of(&socket)?;
         Ok(Self { socket, state, port: self.port, v6: self.v6 })
     }
 
@@ -172,6 +175,17 @@ impl AsFd for DataSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// quinn-udp's state of a socket, which sets its options.
+///
+/// It also asks for receive timestamps, and its buffer for control messages (96 bytes) is too short for those
+/// together with what we need: of a GRO super-datagram the kernel then leaves out the TOS or traffic class, so that
+/// ECN is lost. So they are turned off again.
+pub(super) fn state_of(socket: &UdpSocket) -> io::Result<UdpSocketState> {
+    let state = UdpSocketState::new(socket.into())?;
+    setsockopt(socket, ReceiveTimestampns, &false)?;
+    Ok(state)
 }
 
 sockopt_impl!(
