@@ -384,6 +384,7 @@ fn count_failure(error: &io::Error, packets: usize, drops: &mut Counters) {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
 mod tests {
     use std::{
         cell::{Cell, RefCell},
@@ -560,7 +561,7 @@ mod tests {
         let (mut writer, now, mut drops) = (Writer::new(&tun), Instant::now(), Counters::default());
         writer.reserve(100, now, &mut drops).unwrap().fill(0xee);
         let packet = Spec::default().build();
-        put(&mut writer, &[packet.clone()], now, &mut drops);
+        put(&mut writer, std::slice::from_ref(&packet), now, &mut drops);
         writer.commit(50, now);
         assert!(writer.reserve(MAX_LEN + 1, now, &mut drops).is_none());
         writer.commit(50, now);

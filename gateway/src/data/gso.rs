@@ -285,6 +285,7 @@ impl Queue {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
 mod tests {
     use std::{collections::HashMap, net::Ipv4Addr};
 

@@ -8,6 +8,8 @@
 //!
 //! The workers are a [`Pipe`]: no cryptography, one datagram per packet. Without root these tests say so and pass.
 
+#![expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
+
 use std::{
     fs::File,
     io::{Read as _, Write as _},
@@ -33,6 +35,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     BufferSizes, Config, DataPlane, TUN_NAME,
+    gso::Outlet,
     interface::{Families, Interface},
     queue::{Commands, Events},
     tun::Tun,
@@ -170,6 +173,34 @@ fn datagrams_carry_their_addresses_and_ecn_and_the_port_is_only_a_wish() {
 }
 
 #[test]
+fn vanished_source_address_costs_its_own_datagrams_only() {
+    in_netns(async {
+        ip("link set lo up");
+        let sockets = Sockets::open(SIZES).unwrap();
+        let receiver = Sockets::open(SIZES).unwrap().v4.unwrap();
+        let mut outlet = Outlet::new(sockets.v4.unwrap());
+        let dst = ([127, 0, 0, 1], receiver.port()).into();
+        let src = |ip: &str| Some(SocketAddr::new(ip.parse().unwrap(), 52_625));
+        let gone = Route { src: src("192.0.2.77"), dst, ecn: Ecn::Ect0 };
+        let good = Route { src: src("127.0.0.3"), dst, ecn: Ecn::Ect1 };
+        let (now, mut drops) = (Instant::now(), Counters::default());
+        for route in [good, gone, good] {
+            for _ in 0..3 {
+                outlet.reserve(&route, 500, now, &mut drops).unwrap()[..500].fill(1);
+                outlet.commit(500);
+            }
+            outlet.flush(now, &mut drops);
+        }
+        assert_eq!(drops.iter().collect::<Vec<_>>(), [(DropReason::UdpSend, 3)]);
+        let mut buffers = Receiver::new();
+        let batch = buffers.recv(&receiver).unwrap();
+        assert_eq!(batch.messages(), 2, "both were sent with segmentation offload");
+        let got: Vec<_> = batch.datagrams(&mut drops).map(|d| (d.from, d.ecn, d.payload.len())).collect();
+        assert_eq!(got, [(good.src.unwrap(), Ecn::Ect1, 500); 6], "and with their ECN");
+    });
+}
+
+#[test]
 fn tcp_and_udp_pass_whole_both_ways_with_offloads_in_use() {
     in_netns(async {
         ip("link set lo up");
@@ -217,7 +248,8 @@ fn tcp_and_udp_pass_whole_both_ways_with_offloads_in_use() {
 
 #[test]
 fn dead_worker_ends_the_wait_for_events() {
-    let table: [(fn(&mut Pipe), &str); 2] = [
+    type Action = fn(&mut Pipe);
+    let table: [(Action, &str); 2] = [
         (|_| panic!("as the test wants"), "The worker panicked: as the test wants"),
         (|_| std::thread::sleep(Duration::from_secs(8)), "The worker has been busy with one batch for 2 s"),
     ];
@@ -281,7 +313,7 @@ fn data_plane_starts_hears_stun_sends_and_closes() {
             start().err().expect("the device is taken").to_string().contains("in use by another process")
         );
         let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
-        peer.send_to(b"hello, what is this", "127.0.0.1:52625").unwrap();
+        peer.send_to(&[0xff; 20], "127.0.0.1:52625").unwrap();
         let src = Some("127.0.0.7:52625".parse().unwrap());
         data.transmit(&Transmit { src, dst: peer.local_addr().unwrap(), payload: vec![1, 2, 3] });
         let mut buffer = [0; 10];

@@ -209,6 +209,7 @@ impl Cut {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
 mod tests {
     use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 

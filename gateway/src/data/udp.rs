@@ -269,12 +269,19 @@ impl<'a> Received<'a> {
         self.meta.len() == BATCH_SIZE
     }
 
+    /// How many messages it was.
+    #[cfg(test)]
+    pub fn messages(&self) -> usize {
+        self.meta.len()
+    }
+
     /// Every datagram, super-datagrams cut at their stride. What cannot be used is counted in `drops`.
     pub fn datagrams(self, drops: &mut Counters) -> impl Iterator<Item = Datagram<'a>> + use<'a> {
         let usable = |meta: &RecvMeta| match refusal(meta) {
             None => true,
             Some(reason) => {
-                drops.add(reason, meta.len.div_ceil(meta.stride.max(1)).max(1) as u64);
+                let datagrams = if meta.stride == 0 { 1 } else { meta.len.div_ceil(meta.stride) };
+                drops.add(reason, datagrams as u64);
                 false
             }
         };
@@ -310,4 +317,81 @@ fn refusal(meta: &RecvMeta) -> Option<DropReason> {
 
 fn ecn_of(codepoint: Option<EcnCodepoint>) -> Ecn {
     codepoint.map_or(Ecn::NotEct, |c| Ecn::from_bits(c as u8))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn buffer_sizes_come_from_the_environment() {
+        let table = [
+            (None, Ok(RECV_BUFFER)),
+            (Some(""), Ok(RECV_BUFFER)),
+            (Some("65536"), Ok(65_536)),
+            (Some(" 1 "), Ok(1)),
+            (Some("16M"), Err("FIREZONE_UDP_RECV_BUFFER_SIZE must be a number of bytes, not \"16M\"")),
+            (Some("-1"), Err("FIREZONE_UDP_RECV_BUFFER_SIZE must be a number of bytes, not \"-1\"")),
+        ];
+        for (value, expect) in table {
+            let var =
+                |name: &str| value.filter(|_| name == "FIREZONE_UDP_RECV_BUFFER_SIZE").map(str::to_owned);
+            let got = BufferSizes::from_vars(var);
+            match expect {
+                Ok(recv) => assert_eq!(got.unwrap(), BufferSizes { recv, send: SEND_BUFFER }, "{value:?}"),
+                Err(error) => assert_eq!(got.unwrap_err().to_string(), error),
+            }
+        }
+    }
+
+    #[test]
+    fn refused_sizes_are_halved_down_to_64_kib() {
+        let table =
+            [(1 << 20, 1 << 18, 1 << 18), (1 << 20, 1 << 20, 1 << 20), (1 << 20, 1, 1 << 16), (3, 1, 3)];
+        for (wanted, limit, last) in table {
+            let tried = RefCell::new(Vec::new());
+            halve_until_accepted(wanted, |size| {
+                tried.borrow_mut().push(size);
+                if size <= limit { Ok(()) } else { Err(ErrorKind::InvalidInput.into()) }
+            });
+            assert_eq!(tried.borrow().last(), Some(&last), "{wanted} with a limit of {limit}");
+        }
+    }
+
+    #[test]
+    fn messages_are_cut_at_their_stride_and_useless_ones_counted() {
+        let here = Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        // length, stride, destination -> lengths of the datagrams, or why not and how many
+        type Expect = Result<&'static [usize], (DropReason, u64)>;
+        let table: &[(usize, usize, Option<IpAddr>, Expect)] = &[
+            (3000, 1316, here, Ok(&[1316, 1316, 368])),
+            (2632, 1316, here, Ok(&[1316, 1316])),
+            (100, 100, here, Ok(&[100])),
+            (0, 0, here, Ok(&[0])),
+            (3000, 1317, here, Err((DropReason::OversizedDatagram, 3))),
+            (3000, 0, here, Err((DropReason::OversizedDatagram, 1))),
+            (3000, 1316, None, Err((DropReason::NoDestination, 3))),
+            (0, 0, None, Err((DropReason::NoDestination, 1))),
+        ];
+        for (len, stride, dst_ip, expect) in table {
+            let meta = |len, stride, dst_ip| {
+                let mut meta = RecvMeta::default();
+                (meta.len, meta.stride, meta.dst_ip) = (len, stride, dst_ip);
+                meta
+            };
+            // A good message on either side: one bad message never ends a batch.
+            let metas = [meta(1, 1, here), meta(*len, *stride, *dst_ip), meta(2, 2, here)];
+            let received = Received { bytes: &vec![0; 3 * MESSAGE], meta: &metas, port: 5 };
+            let mut drops = Counters::default();
+            let got: Vec<usize> = received.datagrams(&mut drops).map(|d| d.payload.len()).collect();
+            let (lengths, counted) = match expect {
+                Ok(lengths) => (*lengths, vec![]),
+                Err(counted) => (&[][..], vec![*counted]),
+            };
+            assert_eq!(got, [&[1], lengths, &[2]].concat(), "{len} bytes, stride {stride}");
+            assert_eq!(drops.iter().collect::<Vec<_>>(), counted, "{len} bytes, stride {stride}");
+        }
+    }
 }
