@@ -1,7 +1,12 @@
 //! `gateway-tests`: runs the scenarios and the demo; also the stand-ins and helpers that those start as processes.
 
 use clap::{Parser, Subcommand};
-use gateway_tests::{demo, net::janitor, scenario, standins::portal};
+use gateway_tests::{
+    demo,
+    net::janitor,
+    scenario,
+    standins::{client, portal},
+};
 
 /// Tests of firezone-gateway in network namespaces that this program makes and removes.
 #[derive(Debug, Parser)]
@@ -18,6 +23,8 @@ enum Command {
     Demo(demo::Arguments),
     /// A portal for a daemon started by hand; prints tokens and every message.
     Portal(portal::Args),
+    /// A client with its own TUN device; commands on standard input, events on standard output.
+    Client(client::Args),
     /// Remove what the run with this pid leaves, once standard input ends.
     #[command(hide = true)]
     Janitor {
@@ -31,6 +38,7 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
         Command::Scenarios(arguments) => scenario::run(&arguments),
         Command::Demo(arguments) => demo::run_demo(&arguments),
         Command::Portal(arguments) => portal::main(arguments).map(|()| std::process::ExitCode::SUCCESS),
+        Command::Client(arguments) => client::main(&arguments).map(|()| std::process::ExitCode::SUCCESS),
         Command::Janitor { pid } => {
             janitor::watch(pid)?;
             Ok(std::process::ExitCode::SUCCESS)

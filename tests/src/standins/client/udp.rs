@@ -1,0 +1,235 @@
+//! The client's two UDP sockets, with GRO on receive and GSO on send (connections.md section 2).
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// 64 segments of 1316 bytes (section 2.3).
+const BUFFER: usize = 64 * 1316;
+/// Receive buffer that survives a burst while the thread is busy.
+const SOCKET_BUFFER: usize = 8 << 20;
+/// Bytes in one GSO send (section 2.4, the smaller of the two families).
+const MAX_GSO_BYTES: usize = 65_535 - 68;
+
+/// One socket.
+pub(super) struct Udp {
+    socket: std::net::UdpSocket,
+    state: UdpSocketState,
+    port: u16,
+    buffers: Vec<Vec<u8>>,
+}
+
+/// A received datagram, cut out of its batch.
+pub(super) struct Datagram<'a> {
+    pub(super) from: SocketAddr,
+    pub(super) local: SocketAddr,
+    pub(super) congested: bool,
+    pub(super) bytes: &'a [u8],
+}
+
+impl Udp {
+    /// Binds the wildcard address; another port is taken when `port` is in use.
+    pub(super) fn bind(v6: bool, port: u16) -> Result<Self> {
+        let ip: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        let socket =
+            Socket::new(if v6 { Domain::IPV6 } else { Domain::IPV4 }, Type::DGRAM, Some(Protocol::UDP))?;
+        if v6 {
+            socket.set_only_v6(true)?;
+        }
+        socket
+            .bind(&SocketAddr::new(ip, port).into())
+            .or_else(|_| socket.bind(&SocketAddr::new(ip, 0).into()))
+            .context("cannot bind a UDP socket")?;
+        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        // The kernel's limit may be lower; then it is what we get.
+        let _ = state.set_recv_buffer_size(UdpSockRef::from(&socket), SOCKET_BUFFER);
+        let _ = state.set_send_buffer_size(UdpSockRef::from(&socket), SOCKET_BUFFER);
+        let socket: std::net::UdpSocket = socket.into();
+        let port = socket.local_addr()?.port();
+        Ok(Self { socket, state, port, buffers: vec![vec![0; BUFFER]; BATCH_SIZE] })
+    }
+
+    /// Reads once; hands every datagram over. Returns false when there was nothing to read.
+    pub(super) fn read(&mut self, mut each: impl FnMut(Datagram<'_>)) -> io::Result<bool> {
+        let mut metas = [RecvMeta::default(); BATCH_SIZE];
+        let mut slices: Vec<_> = self.buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
+        let count = match self.state.recv(UdpSockRef::from(&self.socket), &mut slices, &mut metas) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            // An ICMP error for something sent earlier; the next read works.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return Ok(true),
+            Err(error) => return Err(error),
+        };
+        for (meta, buffer) in metas.iter().zip(&self.buffers).take(count) {
+            let Some(ip) = meta.dst_ip else { continue };
+            let local = SocketAddr::new(ip, self.port);
+            let congested = meta.ecn == Some(EcnCodepoint::Ce);
+            for bytes in buffer[..meta.len].chunks(meta.stride.max(1)) {
+                each(Datagram { from: meta.addr, local, congested, bytes });
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends; waits while the socket's buffer is full.
+    pub(super) fn send(
+        &self,
+        source: Option<IpAddr>,
+        to: SocketAddr,
+        ecn: u8,
+        segment: Option<usize>,
+        bytes: &[u8],
+    ) -> io::Result<()> {
+        let transmit = Transmit {
+            destination: to,
+            ecn: EcnCodepoint::from_bits(ecn),
+            contents: bytes,
+            segment_size: segment,
+            src_ip: source,
+        };
+        loop {
+            match self.state.try_send(UdpSockRef::from(&self.socket), &transmit) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait_writable()?,
+                other => return other,
+            }
+        }
+    }
+
+    fn wait_writable(&self) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let timeout = Timespec::try_from(Duration::from_millis(100)).expect("a short time fits");
+        poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], Some(&timeout))?;
+        Ok(())
+    }
+
+    /// How many segments one send may have.
+    pub(super) fn max_segments(&self) -> usize {
+        self.state.max_gso_segments()
+    }
+}
+
+impl AsFd for Udp {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Datagrams of one size to one place, on their way into one send.
+#[derive(Default)]
+pub(super) struct Burst {
+    key: Option<(Option<IpAddr>, SocketAddr, u8)>,
+    bytes: Vec<u8>,
+    segment: usize,
+    /// A shorter datagram was added, so nothing may follow.
+    closed: bool,
+}
+
+impl Burst {
+    /// Lets `fill` append one datagram, sending what was there before if it does not fit in one send.
+    ///
+    /// `fill` gets the buffer and appends exactly one datagram, or nothing.
+    pub(super) fn add(
+        &mut self,
+        sockets: &Sockets,
+        source: Option<IpAddr>,
+        to: SocketAddr,
+        ecn: u8,
+        datagram_len: usize,
+        fill: impl FnOnce(&mut Vec<u8>),
+    ) {
+        let key = Some((source, to, ecn));
+        let segments = if self.segment == 0 { 0 } else { self.bytes.len() / self.segment };
+        let fits = self.key == key
+            && !self.closed
+            && datagram_len <= self.segment
+            && segments < sockets.max_segments(to)
+            && self.bytes.len() + datagram_len <= MAX_GSO_BYTES;
+        if !fits {
+            self.flush(sockets);
+            self.key = key;
+            self.segment = datagram_len;
+        }
+        fill(&mut self.bytes);
+        self.closed = datagram_len < self.segment;
+    }
+
+    /// Sends what is there.
+    pub(super) fn flush(&mut self, sockets: &Sockets) {
+        if let Some((source, to, ecn)) = self.key.take()
+            && !self.bytes.is_empty()
+        {
+            let segment = (self.bytes.len() > self.segment).then_some(self.segment);
+            sockets.send(source, to, ecn, segment, &self.bytes);
+        }
+        self.bytes.clear();
+        self.segment = 0;
+        self.closed = false;
+    }
+}
+
+/// One socket per family; either may be missing.
+pub(super) struct Sockets {
+    pub(super) v4: Option<Udp>,
+    pub(super) v6: Option<Udp>,
+}
+
+impl Sockets {
+    /// Binds both families; one may fail.
+    pub(super) fn bind(port: u16) -> Result<Self> {
+        let (v4, v6) = (Udp::bind(false, port), Udp::bind(true, port));
+        match (v4, v6) {
+            (Err(error), Err(_)) => Err(error),
+            (v4, v6) => Ok(Self { v4: v4.ok(), v6: v6.ok() }),
+        }
+    }
+
+    /// Sends on the socket of the destination's family; a datagram that cannot be sent is lost, as on any network.
+    pub(super) fn send(
+        &self,
+        source: Option<IpAddr>,
+        to: SocketAddr,
+        ecn: u8,
+        segment: Option<usize>,
+        bytes: &[u8],
+    ) {
+        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        if let Some(socket) = socket {
+            // Unreachable networks are normal while candidates are tried.
+            let _ = socket.send(source, to, ecn, segment, bytes);
+        }
+    }
+
+    fn max_segments(&self, to: SocketAddr) -> usize {
+        let socket = if to.is_ipv4() { &self.v4 } else { &self.v6 };
+        socket.as_ref().map_or(1, Udp::max_segments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_keeps_datagrams_apart_and_in_order() {
+        let sockets = Sockets::bind(0).unwrap();
+        let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        receiver.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let to = receiver.local_addr().unwrap();
+        let mut burst = Burst::default();
+        let sizes = [100, 100, 100, 40, 100, 100, 7];
+        for (nth, size) in (0_u8..).zip(sizes) {
+            burst.add(&sockets, None, to, 0, size, |buffer| buffer.extend(std::iter::repeat_n(nth, size)));
+        }
+        burst.flush(&sockets);
+        let mut buffer = [0; 2000];
+        for (nth, size) in (0_u8..).zip(sizes) {
+            let length = receiver.recv(&mut buffer).unwrap();
+            assert_eq!((length, buffer[0]), (size, nth));
+        }
+    }
+}
