@@ -1,21 +1,28 @@
-//! `firezone-gateway`: the daemon. This file is its start-up, in order; `runtime` is its life.
+//! `firezone-gateway`: the daemon. This file is its start-up, in order; [`runtime`] is its life.
 
 mod bpf;
 mod cli;
-#[allow(dead_code, reason = "main.rs is about to use it")]
 mod data;
 mod health;
 mod identity;
 mod logging;
-#[cfg_attr(not(test), expect(dead_code, reason = "runtime.rs is about to use it"))]
 mod portal;
+mod runtime;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result};
 use clap::Parser as _;
+use gateway_proto::portal::{Generation, login_url::LoginUrl};
+use x25519_dalek::{PublicKey, StaticSecret};
 
-use crate::cli::Cli;
+use crate::{
+    cli::{Cli, PortalEndpoint},
+    data::{BufferSizes, DataPlane, TUN_NAME, interface::Interface, lock::InstanceLock},
+    health::Readiness,
+    portal::CaFile,
+    runtime::Runtime,
+};
 
 // With a clock that stands still no session would ever expire or be renewed.
 const _: () =
@@ -23,22 +30,91 @@ const _: () =
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let no_check = cli.no_check;
+    let logging = if no_check || identity::has_net_admin() {
+        logging::init(cli.log_format)
+    } else {
+        Err(anyhow::anyhow!(
+            "The gateway needs CAP_NET_ADMIN for its TUN device and routes, and it is not in the effective set; \
+             run as root, grant it (setcap cap_net_admin+ep), or skip this check with --no-check"
+        ))
+    };
+    // Before logging is up, standard error is all there is.
+    if let Err(e) = logging {
+        eprintln!("firezone-gateway: {e:#}");
+        return ExitCode::FAILURE;
+    }
     match start(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            println!("{e:#}");
+            tracing::error!("{e:#}");
             ExitCode::FAILURE
         }
     }
 }
 
+/// Start-up, in order: what can be refused without touching the machine comes first.
 fn start(cli: Cli) -> Result<()> {
-    if !cli.no_check && !identity::has_net_admin() {
-        bail!("missing CAP_NET_ADMIN");
-    }
-    logging::init(cli.log_format)?;
+    tracing::info!(
+        arch = std::env::consts::ARCH,
+        version = env!("CARGO_PKG_VERSION"),
+        kernel = %rustix::system::uname().release().to_string_lossy(),
+        "Starting firezone-gateway"
+    );
     tracing::info!("{}", bpf::describe());
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    let token = identity::token(cli.token, credentials.as_deref())?;
     let id = identity::gateway_id(cli.firezone_id.as_deref(), &identity::Places::default())?;
-    let _ = (id, identity::name(cli.firezone_name), identity::token(cli.token, None)?, health::serve);
-    Ok(())
+    let private_key = StaticSecret::random();
+    let login = LoginUrl::new(
+        &cli.api_url,
+        &id,
+        &identity::name(cli.firezone_name),
+        PublicKey::from(&private_key).as_bytes(),
+    )
+    .context("--api-url (FIREZONE_API_URL) is not usable")?;
+    let portal = portal::Config {
+        login,
+        token,
+        ca_files: ca_files(cli.ca_file),
+        max_partition_time: cli.max_partition_time,
+        generation: match cli.portal_endpoint {
+            PortalEndpoint::Auto => None,
+            PortalEndpoint::V2 => Some(Generation::V2),
+            PortalEndpoint::V1 => Some(Generation::V1),
+        },
+        version: portal::COMPAT_VERSION.to_owned(),
+        mark: true,
+    };
+    let buffers = BufferSizes::from_env()?;
+
+    let _lock = InstanceLock::acquire(TUN_NAME)?;
+    if !cli.no_inc_buf {
+        data::sysctl::raise_buffer_limits();
+    }
+    let tokio = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("Cannot start the control thread's runtime")?;
+    tokio.block_on(async {
+        let data = DataPlane::start(data::Config {
+            tun_name: TUN_NAME.to_owned(),
+            private_key,
+            allow_own_ip: cli.allow_own_ip,
+            seed: rand::random(),
+            buffers,
+        })?;
+        let interface = Interface::new(TUN_NAME)?;
+        let readiness = Arc::new(Readiness::default());
+        tokio::spawn(health::serve(cli.health_check_addr, Arc::clone(&readiness)));
+        Runtime::new(data, interface, portal, readiness)?.run().await
+    })
+}
+
+/// Roots beside the bundled ones: the flag's, and the variable's that other programs read too.
+fn ca_files(flag: Option<PathBuf>) -> Vec<CaFile> {
+    let flag = flag.map(|path| CaFile { path, named_by: "--ca-file (FIREZONE_CA_FILE)" });
+    let variable = std::env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty());
+    let variable = variable.map(|path| CaFile { path: path.into(), named_by: "SSL_CERT_FILE" });
+    flag.into_iter().chain(variable).collect()
 }

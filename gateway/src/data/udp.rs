@@ -85,7 +85,10 @@ impl Sockets {
             (_, Err(e)) => tracing::info!("Going on without IPv6: {e}"),
             _ => {}
         }
-        Ok(Self { v4: v4.ok(), v6: v6.ok() })
+        let sockets = Self { v4: v4.ok(), v6: v6.ok() };
+        let port = |socket: &Option<DataSocket>| socket.as_ref().map(DataSocket::port);
+        tracing::info!(ipv4_port = port(&sockets.v4), ipv6_port = port(&sockets.v6), "UDP sockets are open");
+        Ok(sockets)
     }
 
     /// Further handles of the same sockets, for the control thread's own datagrams.

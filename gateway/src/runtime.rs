@@ -1,0 +1,285 @@
+//! The life of the daemon: one loop on the control thread, one closed list of what can wake it.
+//!
+//! The loop moves messages; every decision is [`Control`]'s. It never waits for the network, the disk or netlink:
+//! what takes time runs in a task of its own and comes back as a [`Wake`].
+
+use std::{
+    future::pending,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use gateway_common::Counters;
+use gateway_proto::{
+    WorkerEvent,
+    addr::TunnelAddrs,
+    control::{self, Control},
+    portal::messages::FlowLogs,
+};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{Interval, MissedTickBehavior},
+};
+
+use crate::{
+    data::{
+        DataPlane,
+        interface::{Families, Interface},
+    },
+    health::Readiness,
+    portal,
+};
+
+/// How often the counters are written to the log, if they changed.
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the portal's socket may take to close at the end.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Everything that can wake the loop.
+enum Wake {
+    Signal(&'static str),
+    Portal(Option<portal::Event>),
+    Workers(Result<Vec<WorkerEvent>>),
+    Interface(Option<Result<Families>>),
+    Deadline,
+    Report,
+}
+
+/// What the loop owns.
+pub struct Runtime {
+    control: Control,
+    data: DataPlane,
+    portal: portal::Handle,
+    portal_events: mpsc::Receiver<portal::Event>,
+    interface: InterfaceTask,
+    readiness: Arc<Readiness>,
+    interrupt: Signal,
+    terminate: Signal,
+    report: Interval,
+    reported: Counters,
+}
+
+impl Runtime {
+    /// Connects the parts and starts to dial the portal.
+    ///
+    /// # Errors
+    /// When signal handlers or the netlink socket cannot be had, or the clock is before 1970.
+    pub fn new(
+        data: DataPlane,
+        interface: Interface,
+        portal: portal::Config,
+        readiness: Arc<Readiness>,
+    ) -> Result<Self> {
+        let control = Control::new(control::Config {
+            seed: rand::random(),
+            unix_now: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .context("The system clock is before 1970; set it")?,
+            now: Instant::now(),
+        });
+        let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
+        let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;
+        let (portal, portal_events) = portal::spawn(portal)?;
+        let interface = InterfaceTask::spawn(interface);
+        let mut report = tokio::time::interval(REPORT_INTERVAL);
+        report.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let reported = Counters::default();
+        Ok(Self {
+            control,
+            data,
+            portal,
+            portal_events,
+            interface,
+            readiness,
+            interrupt,
+            terminate,
+            report,
+            reported,
+        })
+    }
+
+    /// Runs until a signal (`Ok`) or a fatal event (`Err`).
+    ///
+    /// # Errors
+    /// Fatal are only: what the portal client calls fatal (token refused, partition too long, no right to mark
+    /// sockets), a worker that ended or hangs, and a TUN device that takes no address.
+    pub async fn run(mut self) -> Result<()> {
+        let result = loop {
+            self.drain();
+            match self.sleep().await {
+                Wake::Signal(name) => {
+                    tracing::info!("Received {name}, shutting down");
+                    break Ok(());
+                }
+                Wake::Portal(event) => {
+                    if let Err(e) = self.on_portal(event) {
+                        break Err(e);
+                    }
+                }
+                Wake::Workers(Ok(events)) => {
+                    let now = Instant::now();
+                    events.into_iter().for_each(|event| self.control.handle_worker_event(event, now));
+                }
+                // There is nobody left to say goodbye with.
+                Wake::Workers(Err(e)) => return Err(e),
+                Wake::Interface(result) => {
+                    if let Err(e) = self.on_interface(result) {
+                        break Err(e);
+                    }
+                }
+                Wake::Deadline => self.control.handle_timeout(Instant::now()),
+                Wake::Report => self.report_counters(),
+            }
+        };
+        self.shut_down().await;
+        result
+    }
+
+    async fn sleep(&mut self) -> Wake {
+        let deadline = self.control.poll_timeout();
+        tokio::select! {
+            // Signals and the portal before the many: a revocation must not wait behind STUN.
+            biased;
+            _ = self.interrupt.recv() => Wake::Signal("SIGINT"),
+            _ = self.terminate.recv() => Wake::Signal("SIGTERM"),
+            event = self.portal_events.recv() => Wake::Portal(event),
+            result = self.interface.results.recv() => Wake::Interface(result),
+            events = self.data.recv() => Wake::Workers(events),
+            () = sleep_until(deadline) => Wake::Deadline,
+            _ = self.report.tick() => Wake::Report,
+        }
+    }
+
+    /// Moves out what control decided, in the order its crate documents.
+    fn drain(&mut self) {
+        while let Some(command) = self.control.poll_command() {
+            self.data.send(command);
+        }
+        while let Some(transmit) = self.control.poll_transmit() {
+            self.data.transmit(&transmit);
+        }
+        while let Some(egress) = self.control.poll_egress() {
+            self.portal.send(egress);
+        }
+        while let Some(event) = self.control.poll_event() {
+            match event {
+                control::Event::Interface(addrs) => {
+                    self.interface.wanted.send_replace(Some(addrs));
+                }
+                control::Event::FlowLogs(wanted) => note_flow_logs(&wanted),
+            }
+        }
+        self.readiness.relay_usable.store(self.control.is_relay_usable(), Ordering::Relaxed);
+    }
+
+    fn on_portal(&mut self, event: Option<portal::Event>) -> Result<()> {
+        let now = Instant::now();
+        match event.ok_or_else(|| anyhow!("The portal client ended without a reason"))? {
+            portal::Event::Connected { generation } => {
+                tracing::debug!(?generation, "Joined the portal's channel");
+                self.readiness.portal_connected.store(true, Ordering::Relaxed);
+                self.control.handle_portal_connected(now);
+            }
+            portal::Event::Ingress(message) => self.control.handle_ingress(message, now),
+            portal::Event::Disconnected { reason, retry_in } => {
+                tracing::debug!(?retry_in, "Away from the portal: {reason}");
+                self.readiness.portal_connected.store(false, Ordering::Relaxed);
+                self.control.handle_portal_disconnected(now);
+            }
+            portal::Event::Fatal(e) => return Err(e),
+        }
+        Ok(())
+    }
+
+    fn on_interface(&self, result: Option<Result<Families>>) -> Result<()> {
+        let families = result.ok_or_else(|| anyhow!("The task that configures the TUN device ended"))??;
+        if !self.readiness.interface_up.swap(true, Ordering::Relaxed) {
+            tracing::info!(?families, "Tunnel interface is up");
+        }
+        Ok(())
+    }
+
+    /// What was dropped, by reason, since the last report.
+    fn report_counters(&mut self) {
+        let mut now = self.control.counters();
+        now.merge(&self.data.counters());
+        for (reason, packets) in now.iter() {
+            let before = self.reported.get(reason);
+            if packets > before {
+                tracing::debug!(
+                    reason = reason.label(),
+                    packets = packets - before,
+                    total = packets,
+                    "Dropped"
+                );
+            }
+        }
+        self.reported = now;
+    }
+
+    async fn shut_down(mut self) {
+        self.control.shutdown(Instant::now());
+        self.drain();
+        self.report_counters();
+        let carried = self.data.traffic();
+        tracing::info!(
+            outbound_packets = carried.outbound_direct.packets + carried.outbound_relayed.packets,
+            inbound_packets = carried.inbound_direct.packets + carried.inbound_relayed.packets,
+            dropped_packets = self.reported.iter().map(|(_, packets)| packets).sum::<u64>(),
+            "Carried in all"
+        );
+        self.portal.close();
+        if let Err(e) = self.data.close().await {
+            tracing::warn!("The data plane did not close cleanly: {e:#}");
+        }
+        self.interface.remove().await;
+        // Closing is polite, not needed: the portal notices a lost connection by itself.
+        let closed = async { while self.portal_events.recv().await.is_some() {} };
+        let _ = tokio::time::timeout(CLOSE_LIMIT, closed).await;
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}
+
+fn note_flow_logs(wanted: &FlowLogs) {
+    tracing::debug!(interval_secs = wanted.upload_interval_secs, "The portal offers flow-log uploads");
+}
+
+/// Netlink work, off the loop: it always works towards the latest addresses it was told.
+struct InterfaceTask {
+    wanted: watch::Sender<Option<TunnelAddrs>>,
+    results: mpsc::Receiver<Result<Families>>,
+    task: JoinHandle<Interface>,
+}
+
+impl InterfaceTask {
+    fn spawn(mut interface: Interface) -> Self {
+        let (wanted, mut changes) = watch::channel::<Option<TunnelAddrs>>(None);
+        let (done, results) = mpsc::channel(1);
+        let task = tokio::spawn(async move {
+            while changes.changed().await.is_ok() {
+                let Some(addrs) = *changes.borrow_and_update() else { continue };
+                if done.send(interface.configure(addrs).await).await.is_err() {
+                    break;
+                }
+            }
+            interface
+        });
+        Self { wanted, results, task }
+    }
+
+    async fn remove(self) {
+        drop((self.wanted, self.results));
+        if let Ok(interface) = self.task.await {
+            interface.remove().await;
+        }
+    }
+}
