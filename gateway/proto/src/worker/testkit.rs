@@ -260,6 +260,9 @@ impl Client {
     }
 
     pub fn initiate(&mut self) -> Vec<u8> {
+        // Initiations made at one instant carry one timestamp: all but the first would be replays.
+        #[cfg(feature = "mock-instant")]
+        mock_instant::MockClock::advance(Duration::from_micros(1));
         let mut out = [0; 148];
         match self.tunn.format_handshake_initiation(&mut out, true) {
             TunnResult::WriteToNetwork(message) => message.to_vec(),

@@ -9,6 +9,8 @@
 //! * It retries an own initiation for 90 s; we give up after 20 s (connections.md section 10.4).
 //! * Its keep-alive timer compares stamps that are up to a second old and so misses data that arrived in the same
 //!   second as something was sent; the peer would then start a handshake. We keep that timer ourselves as well.
+//!   (For the same reason it does not miss an answer to data sent in the second in which something arrived; what is
+//!   sent later is noticed, so a client that has vanished is.)
 //! * A responder's successor session replaces another one in `Tunn`'s slot before anybody confirmed it.
 //! * Its "data sent, nothing heard" timer runs from what was heard last, not from the first data sent: after a
 //!   quiet time one push towards the client is followed by an initiation within a second. Harmless: the client

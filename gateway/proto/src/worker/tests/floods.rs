@@ -1,0 +1,67 @@
+//! Handshake budgets: floods hurt nobody who is known, and nobody honest for long.
+
+use super::*;
+
+/// An initiation that passes MAC1 and whose sender never looks at the answer.
+fn spoofed() -> Vec<u8> {
+    let gateway = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from([7; 32]));
+    Client::new(50, &gateway).initiate()
+}
+
+#[test]
+fn a_flood_from_anywhere_does_not_touch_a_known_path() {
+    let mut world = World::new(&lan());
+    let flood = spoofed();
+    for n in 0..300_u16 {
+        world.datagram(&format!("192.0.2.{}:{}", n % 250, 1000 + n), &flood);
+    }
+    assert_eq!(world.count(DropReason::UnknownPublicKey), 100);
+    assert_eq!(world.count(DropReason::HandshakeBudget), 200);
+    assert_eq!(world.sink.datagrams.len(), 200);
+    assert!(world.sink.datagrams.iter().all(|(_, m)| m.len() == 64 && m[0] == 3), "cookie replies");
+    world.sink.datagrams.clear();
+    world.handshake();
+    world.check_accounts();
+}
+
+#[test]
+fn over_budget_a_cookie_lets_an_honest_client_in() {
+    for relayed in [false, true] {
+        // The client comes from where nobody knows it: no path yet, or a channel whose budget is spent.
+        let mut world = if relayed { World::relayed(&lan()) } else { World::with(&lan(), None, false) };
+        let flood = spoofed();
+        for _ in 0..150 {
+            world.client_sends(&flood);
+        }
+        world.sink.datagrams.clear();
+        let initiation = world.client.initiate();
+        world.client_sends(&initiation);
+        let cookie = world.client_gets().expect("a cookie reply on the way the initiation came");
+        assert_eq!((cookie[0], cookie.len()), (3, 64));
+        assert_eq!(world.client.answer(&cookie), None);
+        let proven = world.client.initiate();
+        world.client_sends(&proven);
+        assert_eq!(world.worker.traffic().handshakes, 1);
+        world.tell(&lan(), world.client.relayed.then(relayed_path).or(Some(direct())));
+        assert_eq!(world.client_gets().expect("the response").len(), 92);
+        world.check_accounts();
+    }
+}
+
+fn relayed_path() -> Path {
+    Path::Relayed { server: addr(SERVER), channel: Some(CHANNEL), remote: addr(REMOTE) }
+}
+
+#[test]
+fn mac1_costs_an_attacker_no_budget_of_others() {
+    let mut world = World::with(&lan(), None, false);
+    let mut flood = spoofed();
+    flood[130] ^= 1;
+    for _ in 0..500 {
+        world.datagram("192.0.2.9:9", &flood);
+    }
+    assert_eq!(world.count(DropReason::HandshakeForged), 500);
+    let initiation = world.client.initiate();
+    world.client_sends(&initiation);
+    assert_eq!(world.worker.traffic().handshakes, 1);
+}

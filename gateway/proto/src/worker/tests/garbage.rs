@@ -1,0 +1,74 @@
+//! Any bytes, from any side.
+
+use rand::{Rng, RngCore, SeedableRng, rngs::SmallRng};
+
+use super::*;
+
+#[test]
+fn no_bytes_panic_and_each_input_is_counted_once() {
+    for seed in 0..20 {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let mut world = if seed % 2 == 0 { World::new(&lan()) } else { World::relayed(&lan()) };
+        world.handshake();
+        world.tell(&[cidr(1, "10.44.0.0/24", &[]), dns(3, "**.x")], (seed % 3 > 0).then(direct));
+        let samples = [
+            udp(C4, LAN4, (1, 53), b"abcdefgh"),
+            tcp(C6, LAN6, (1, 443)),
+            icmp(C4, LAN4, 3, &udp(LAN4, C4, (53, 1), b"")),
+            icmp(LAN4, C4, 11, &udp(C4, LAN4, (53, 1), b"")),
+            udp(LAN4, C4, (53, 1), b"abcdefgh"),
+            ip(C6, LAN6, 0, &[44, 0, 0, 0, 0, 0, 0, 0, 60, 0, 0, 0, 0, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0]),
+            udp(C4, "100.96.0.1", (1, 53), b""),
+        ];
+        for round in 0..1500 {
+            let mut packet = samples[random.random_range(0..samples.len())].clone();
+            mutate(&mut random, &mut packet);
+            match round % 4 {
+                // Any plaintext a client may encrypt, a goodbye excepted.
+                0 => world.outbound(&packet),
+                1 => world.inbound(&packet),
+                // Any message on the wire.
+                2 => {
+                    let mut message = match random.random_range(0..3) {
+                        0 => world.client.seal(&packet),
+                        1 => world.client.initiate(),
+                        _ => vec![0x40, 7, 0, 0],
+                    };
+                    mutate(&mut random, &mut message);
+                    if random.random() {
+                        world.datagram(REMOTE, &message)
+                    } else {
+                        world.client_sends(&message)
+                    }
+                }
+                _ => {
+                    let mut junk = vec![0; random.random_range(0..200)];
+                    random.fill_bytes(&mut junk);
+                    if let Some(first) = junk.first_mut() {
+                        *first %= 128;
+                    }
+                    world.datagram(if random.random() { SERVER } else { REMOTE }, &junk);
+                }
+            }
+            world.sink.packets.clear();
+            world.sink.datagrams.clear();
+            world.check_accounts();
+        }
+        let counters = world.worker.counters();
+        assert!(counters.iter().count() > 8, "the sample reaches many reasons: {counters:?}");
+    }
+}
+
+fn mutate(random: &mut SmallRng, bytes: &mut Vec<u8>) {
+    for _ in 0..random.random_range(0..4) {
+        match random.random_range(0..6) {
+            0 => bytes.truncate(random.random_range(0..=bytes.len())),
+            1 => bytes.resize(bytes.len() + random.random_range(0..60), 0xaa),
+            _ if !bytes.is_empty() => {
+                let at = random.random_range(0..bytes.len());
+                bytes[at] = random.random();
+            }
+            _ => {}
+        }
+    }
+}

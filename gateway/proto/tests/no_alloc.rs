@@ -1,0 +1,252 @@
+//! The packet path allocates nothing: direct and relayed, both directions, permitted, denied and dropped packets.
+//!
+//! Its own binary, because the counting allocator is global.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use boringtun::noise::{Tunn, TunnResult};
+use gateway_common::{DropReason, channel_data};
+use gateway_proto::{
+    ClientId, Command, ConnectionIndex, Datagram, Ecn, ResourceId, Route, Sink,
+    addr::TunnelAddrs,
+    command::{ClientState, Connection, ConnectionKeys, Path},
+    portal::messages::{Filter, Resource, ResourceKind},
+    worker::{Config, Worker},
+};
+use uuid::Uuid;
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
+const ROUNDS: usize = 2000;
+const CHANNEL: u16 = 0x4001;
+
+#[test]
+fn packets_of_an_established_session_allocate_nothing() {
+    for relayed in [false, true] {
+        let mut setup = Setup::new(relayed);
+        let client = "100.64.2.1";
+        let outbound = [
+            (udp(client, "10.0.3.9", 53), 1_u64),
+            (udp(client, "10.0.3.9", 54), 0),
+            (udp("100.64.2.9", "10.0.3.9", 53), 0),
+            (udp(client, "224.0.0.1", 53), 0),
+            (b"\x05junk".to_vec(), 0),
+        ];
+        let inbound =
+            [(udp("10.0.3.9", client, 53), 1_u64), (udp("10.9.3.9", client, 53), 0), (vec![0x45; 19], 0)];
+
+        // What the client encrypts is prepared: its side may allocate.
+        let mut datagrams: Vec<Vec<u8>> =
+            (0..ROUNDS).map(|n| setup.seal(&outbound[n % outbound.len()].0)).collect();
+        let mut junk = setup.seal(&outbound[0].0);
+        *junk.last_mut().unwrap() ^= 1;
+        datagrams.push(junk);
+        let mut packets: Vec<Vec<u8>> = (0..ROUNDS).map(|n| inbound[n % inbound.len()].0.clone()).collect();
+        // The first activity event grows no queue, the first use of a channel no list; yet let them be over.
+        setup.run(&datagrams[..10], &mut packets[..10]);
+
+        let before = ALLOCATIONS.get();
+        setup.run(&datagrams[10..], &mut packets[10..]);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}");
+
+        let traffic = setup.worker.traffic();
+        let (out, back) = if relayed {
+            (traffic.outbound_relayed, traffic.inbound_relayed)
+        } else {
+            (traffic.outbound_direct, traffic.inbound_direct)
+        };
+        assert_eq!(out.packets, (ROUNDS / outbound.len()) as u64);
+        assert_eq!(back.packets, ROUNDS.div_ceil(inbound.len()) as u64);
+        assert!(traffic.denials > 100, "denials are part of the path");
+        assert_eq!(setup.worker.counters().get(DropReason::DataForged), 1);
+        assert_eq!(setup.sink.packets, out.packets);
+        assert_eq!(setup.sink.datagrams, back.packets + traffic.denials);
+    }
+}
+
+/// Reservations come from two fixed buffers.
+struct FixedSink {
+    packet: [u8; 2048],
+    datagram: [u8; 2048],
+    packets: u64,
+    datagrams: u64,
+    last: usize,
+}
+
+impl Sink for FixedSink {
+    fn reserve_packet(&mut self, len: usize) -> Option<&mut [u8]> {
+        self.packet.get_mut(..len)
+    }
+    fn commit_packet(&mut self, _: usize) {
+        self.packets += 1;
+    }
+    fn reserve_datagram(&mut self, _: &Route, len: usize) -> Option<&mut [u8]> {
+        self.datagram.get_mut(..len)
+    }
+    fn commit_datagram(&mut self, len: usize) {
+        self.datagrams += 1;
+        self.last = len;
+    }
+}
+
+struct Setup {
+    worker: Worker,
+    sink: FixedSink,
+    client: Tunn,
+    relayed: bool,
+    now: Instant,
+}
+
+impl Setup {
+    #[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
+    fn new(relayed: bool) -> Self {
+        let now = Instant::now();
+        let private_key = StaticSecret::from([7; 32]);
+        let gateway = PublicKey::from(&private_key);
+        let client_key = StaticSecret::from([8; 32]);
+        let public_key = *PublicKey::from(&client_key).as_bytes();
+        let mut worker = Worker::new(Config { private_key, allow_own_ip: false, seed: 3, now });
+        let mut sink =
+            FixedSink { packet: [0; 2048], datagram: [0; 2048], packets: 0, datagrams: 0, last: 0 };
+
+        let keys = ConnectionKeys {
+            index: ConnectionIndex::new(5).unwrap(),
+            public_key,
+            preshared_key: Zeroizing::new([9; 32]),
+        };
+        let path = if relayed {
+            Path::Relayed { server: server(), channel: Some(CHANNEL), remote: remote() }
+        } else {
+            Path::Direct { local: local(), remote: remote() }
+        };
+        // Enough resources for the hashed table.
+        let resources: Vec<Resource> = (0..40)
+            .map(|n| Resource {
+                id: ResourceId(Uuid::from_u128(n)),
+                kind: ResourceKind::Cidr {
+                    name: String::new(),
+                    network: format!("10.0.{n}.0/24").parse().unwrap(),
+                    filters: vec![Filter::Udp { first: 53, last: 53 }],
+                },
+            })
+            .collect();
+        let tunnel =
+            TunnelAddrs { v4: "100.64.2.1".parse().unwrap(), v6: "fd00:2021:1111::2:1".parse().unwrap() };
+        let state = ClientState {
+            tunnel,
+            connection: Connection::Present(Arc::new(keys), Some(path)),
+            resources: resources.into(),
+        };
+        for command in [
+            Command::Relays([server()].into()),
+            Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },
+            Command::Client { id: ClientId(Uuid::from_u128(1)), desired: Some(Arc::new(state)) },
+        ] {
+            worker.handle_command(command, now, &mut sink);
+        }
+        let client = Tunn::new(client_key, gateway, Some([9; 32]), None, 77, None);
+        let mut setup = Self { worker, sink, client, relayed, now };
+        setup.handshake();
+        setup
+    }
+
+    fn handshake(&mut self) {
+        let mut out = [0; 2048];
+        let TunnResult::WriteToNetwork(initiation) = self.client.format_handshake_initiation(&mut out, false)
+        else {
+            panic!("no initiation")
+        };
+        let initiation = self.frame(initiation);
+        self.run(&[initiation], &mut []);
+        let skip = if self.relayed { channel_data::HEADER_LEN } else { 0 };
+        let response = self.sink.datagram[skip..self.sink.last].to_vec();
+        let TunnResult::WriteToNetwork(keepalive) = self.client.decapsulate(None, &response, &mut out) else {
+            panic!("no keep-alive")
+        };
+        let keepalive = self.frame(keepalive);
+        self.run(&[keepalive], &mut []);
+        while self.worker.poll_event().is_some() {}
+        self.sink.datagrams = 0;
+    }
+
+    fn seal(&mut self, packet: &[u8]) -> Vec<u8> {
+        let mut out = [0; 2048];
+        match self.client.encapsulate(packet, &mut out) {
+            TunnResult::WriteToNetwork(message) => self.frame(message),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn frame(&self, message: &[u8]) -> Vec<u8> {
+        if !self.relayed {
+            return message.to_vec();
+        }
+        [&channel_data::header(CHANNEL, message.len()).unwrap()[..], message].concat()
+    }
+
+    fn run(&mut self, datagrams: &[Vec<u8>], packets: &mut [Vec<u8>]) {
+        let from = if self.relayed { server() } else { remote() };
+        let batch = datagrams.iter().map(|payload| Datagram { local: local(), from, ecn: Ecn::Ce, payload });
+        self.worker.handle_datagrams(batch, self.now, &mut self.sink);
+        self.worker.handle_packets(packets.iter_mut().map(|p| &mut p[..]), self.now, &mut self.sink);
+    }
+}
+
+fn local() -> SocketAddr {
+    "192.0.2.1:52625".parse().unwrap()
+}
+
+fn remote() -> SocketAddr {
+    "198.51.100.7:40000".parse().unwrap()
+}
+
+fn server() -> SocketAddr {
+    "203.0.113.3:3478".parse().unwrap()
+}
+
+/// IPv4 and UDP with both ports `port`, ECT(0).
+fn udp(src: &str, dst: &str, port: u16) -> Vec<u8> {
+    let address = |text: &str| text.parse::<std::net::Ipv4Addr>().unwrap().octets();
+    let mut packet = vec![0x45, 2, 0, 128, 0, 0, 0, 0, 64, 17, 0, 0];
+    packet.extend(address(src));
+    packet.extend(address(dst));
+    packet.extend([port.to_be_bytes(), port.to_be_bytes(), 108_u16.to_be_bytes(), [0, 0]].concat());
+    packet.resize(128, 1);
+    packet
+}
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: every call is passed on unchanged to the system's allocator; counting touches a thread-local without a
+// destructor and allocates nothing.
+#[expect(unsafe_code, reason = "a global allocator is the only way to count allocations")]
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.realloc(pointer, layout, new_size) }
+    }
+}
