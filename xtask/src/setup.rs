@@ -156,7 +156,7 @@ if [ ! -e "$policy" ]; then
     chmod 755 "$policy"
 fi
 apt-get update -q
-apt-get install -q -y --no-install-recommends "$@"
+apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 "$@"
 "#;
     if run::find_program("apt-get").is_none() {
         bail!("this machine has no apt-get; install by its own means: {}", packages.join(" "));
