@@ -108,9 +108,12 @@ impl Layout {
         checksum::pseudo_header(self.addresses(packet), self.transport.number(), length_field(len - self.l4))
     }
 
-    /// Does the transport checksum of `packet` hold? False for UDP without one.
+    /// Do all checksums of `packet` hold? False for UDP without one.
     #[inline]
-    pub fn checksum_holds(&self, packet: &[u8]) -> bool {
+    pub fn checksums_hold(&self, packet: &[u8]) -> bool {
+        if !self.v6 && checksum::finish(checksum::sum(&packet[..20])) != [0, 0] {
+            return false;
+        }
         let field = self.l4 + self.transport.checksum_offset();
         if self.transport == Transport::Udp && packet[field..field + 2] == [0, 0] {
             return false;

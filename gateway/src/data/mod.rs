@@ -20,6 +20,7 @@ mod checksum;
 mod coalesce;
 mod gso;
 mod headers;
+mod merge;
 #[cfg(test)]
 mod netns_tests;
 mod queue;
