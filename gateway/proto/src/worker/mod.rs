@@ -187,13 +187,13 @@ impl Worker {
 
     /// The deadline of [`Worker::poll_timeout`] has passed.
     pub fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink) {
-        while let Some((tick, slots)) = self.wheel.turn(now) {
-            for slot in &slots {
-                if self.peers.get_mut(*slot).is_some_and(|peer| peer.due == tick) {
+        while let Some(entries) = self.wheel.turn(now) {
+            for (due, slot) in &entries {
+                if self.peers.get_mut(*slot).is_some_and(|peer| peer.due == *due) {
                     self.run_timers(*slot, now, sink);
                 }
             }
-            self.wheel.turned(slots);
+            self.wheel.turned(entries);
         }
         if self.events.holds_channels() && self.demux.poll_timeout().is_some_and(|at| at <= now) {
             self.demux.postpone_report(now);

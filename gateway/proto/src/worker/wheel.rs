@@ -25,13 +25,16 @@ const ROUND: u64 = SPOKES as u64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Tick(pub u64);
 
+/// Who is looked at, and when.
+pub type Entry = (Tick, Slot);
+
 /// The wheel.
 pub struct Wheel {
     start: Instant,
     done: Tick,
-    spokes: [Vec<Slot>; SPOKES],
+    spokes: [Vec<Entry>; SPOKES],
     /// The list being walked; kept for its capacity.
-    turning: Vec<Slot>,
+    turning: Vec<Entry>,
 }
 
 impl Wheel {
@@ -43,14 +46,14 @@ impl Wheel {
     /// Enters `slot` `ticks` (at least 1, at most [`CALM`]) after now. The owner remembers the returned tick.
     pub fn schedule(&mut self, slot: Slot, ticks: u64, now: Instant) -> Tick {
         let due = Tick(self.tick(now).max(self.done).0 + ticks.clamp(1, CALM));
-        self.spoke(due).push(slot);
+        self.spoke(due).push((due, slot));
         due
     }
 
-    /// The slots of the next tick that has begun by `now`; `None` once there is none.
+    /// Entries that are due by `now`; `None` once there are none.
     ///
-    /// Give the list back with [`Wheel::turned`]. Slots whose owner's `due` is not this tick are to be skipped.
-    pub fn turn(&mut self, now: Instant) -> Option<(Tick, Vec<Slot>)> {
+    /// Give the list back with [`Wheel::turned`]. Entries whose owner's `due` is another tick are to be skipped.
+    pub fn turn(&mut self, now: Instant) -> Option<Vec<Entry>> {
         let present = self.tick(now);
         while self.done < present {
             self.done.0 += 1;
@@ -59,18 +62,19 @@ impl Wheel {
                 self.done.0 = present.0 - ROUND + 1;
             }
             let spoke = (self.done.0 % ROUND) as usize;
-            if !self.spokes[spoke].is_empty() {
-                std::mem::swap(&mut self.spokes[spoke], &mut self.turning);
-                return Some((self.done, std::mem::take(&mut self.turning)));
+            // Made while the wheel stood still, an entry can lie on a spoke that is walked for an earlier tick.
+            self.turning.extend(self.spokes[spoke].extract_if(.., |(due, _)| *due <= present));
+            if !self.turning.is_empty() {
+                return Some(std::mem::take(&mut self.turning));
             }
         }
         None
     }
 
     /// Takes back the list of [`Wheel::turn`].
-    pub fn turned(&mut self, mut slots: Vec<Slot>) {
-        slots.clear();
-        self.turning = slots;
+    pub fn turned(&mut self, mut entries: Vec<Entry>) {
+        entries.clear();
+        self.turning = entries;
     }
 
     /// When the next tick with an entry begins.
@@ -85,7 +89,7 @@ impl Wheel {
         Tick(u64::try_from(ticks).unwrap_or(u64::MAX))
     }
 
-    fn spoke(&mut self, tick: Tick) -> &mut Vec<Slot> {
+    fn spoke(&mut self, tick: Tick) -> &mut Vec<Entry> {
         &mut self.spokes[(tick.0 % ROUND) as usize]
     }
 }
@@ -96,9 +100,9 @@ mod tests {
 
     fn due(wheel: &mut Wheel, now: Instant) -> Vec<u32> {
         let mut all = Vec::new();
-        while let Some((_, slots)) = wheel.turn(now) {
-            all.extend(slots.iter().map(|s| s.0));
-            wheel.turned(slots);
+        while let Some(entries) = wheel.turn(now) {
+            all.extend(entries.iter().map(|(_, slot)| slot.0));
+            wheel.turned(entries);
         }
         all
     }
@@ -136,5 +140,20 @@ mod tests {
         let tick = wheel.schedule(Slot(9), 1, later);
         assert_eq!(tick, Tick(4001));
         assert_eq!(wheel.poll_timeout(), Some(later + TICK));
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
+    fn entries_made_after_a_long_sleep_are_not_mistaken_for_older_ones() {
+        let start = Instant::now();
+        for asleep in 1..40 {
+            let mut wheel = Wheel::new(start);
+            let made = start + TICK * asleep;
+            for ticks in 1..=CALM {
+                wheel.schedule(Slot(u32::try_from(ticks).unwrap()), ticks, made);
+            }
+            let seen: Vec<_> = (1..=4).map(|ticks| due(&mut wheel, made + TICK * ticks)).collect();
+            assert_eq!(seen, [[1], [2], [3], [4]], "asleep for {asleep} ticks");
+        }
     }
 }
