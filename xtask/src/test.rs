@@ -145,15 +145,9 @@ impl<'a> Session<'a> {
             return Ok(Outcome::Skipped("loading BPF programs and making namespaces needs root".into()));
         }
         let mut cargo = run::cargo();
-        cargo.args([
-            "test",
-            "-p",
-            "firezone-gateway",
-            "--no-fail-fast",
-            "--",
-            "--ignored",
-            "--test-threads=1",
-        ]);
+        // The whole workspace, though only the daemon has such tests: for it alone cargo would choose other features
+        // of the dependencies and build them all again.
+        cargo.args(["test", "--workspace", "--no-fail-fast", "--", "--ignored", "--test-threads=1"]);
         match &self.arguments.filter {
             None => cargo.arg(BPF_TESTS),
             Some(filter) if "bpf".contains(filter.as_str()) || filter.contains("bpf") => cargo.arg(BPF_TESTS),
