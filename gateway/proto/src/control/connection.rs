@@ -40,8 +40,11 @@ const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
 const IDLE_AFTER: Duration = Duration::from_secs(20);
 /// Pairs an agent may have (connections.md section 12).
 const MAX_PAIRS: usize = 100;
-/// Addresses one client may signal or send checks from in a connection's life: the agent keeps each of them.
-const MAX_REMOTES: usize = 256;
+/// Addresses one client may send checks from in a connection's life: the agent keeps each of them.
+const MAX_HEARD: usize = 256;
+/// Remote lines taken in a connection's life: the agent keeps withdrawn candidates, too. A client repeats a few with
+/// every authorization.
+const MAX_LINES: usize = 2048;
 /// Agent ticks in one drive: each sends at most one check, so more than one per pair is a fault.
 const MAX_TICKS: usize = MAX_PAIRS + 2;
 
@@ -74,6 +77,8 @@ pub(super) struct Connection {
     relayed: Vec<Relayed>,
     /// Remote candidates as signalled.
     signalled: Vec<(CandidateKind, SocketAddr)>,
+    /// Of [`MAX_LINES`].
+    lines_left: usize,
     /// Senders of authenticated requests.
     heard: HashSet<SocketAddr, FxBuildHasher>,
     /// Channels this connection asked for.
@@ -159,6 +164,7 @@ impl Connection {
             relay: Some(relay),
             relayed: Vec::new(),
             signalled: Vec::new(),
+            lines_left: MAX_LINES,
             heard: HashSet::default(),
             channels: HashSet::default(),
         };
@@ -190,11 +196,7 @@ impl Connection {
     pub(super) fn add_remote(&mut self, lines: &[String], shared: &mut Shared, now: Instant) {
         for line in lines {
             let candidate = match candidates::remote(line, &self.remote.username) {
-                Ok(candidate) if self.signalled.len() < MAX_REMOTES => candidate,
-                Ok(_) => {
-                    debug!(client = %self.client, "Too many remote candidates, ignoring the rest");
-                    return;
-                }
+                Ok(candidate) => candidate,
                 Err(why) => {
                     debug!(client = %self.client, %line, "Ignoring a remote candidate: {why}");
                     continue;
@@ -202,8 +204,19 @@ impl Connection {
             };
             self.candidate_deadline = None;
             let (kind, addr) = (candidate.kind(), candidate.addr());
-            debug!(client = %self.client, ?candidate, "Remote candidate");
-            self.agent.add_remote_candidate(candidate);
+            // Nov-2025 clients signal a reflexive candidate that equals the host one, again with every
+            // authorization; the agent would pair none of them and keep them all.
+            let redundant =
+                kind != CandidateKind::Host && self.signalled.contains(&(CandidateKind::Host, addr));
+            if !redundant {
+                if self.lines_left == 0 {
+                    debug!(client = %self.client, "Too many remote candidates, ignoring the rest");
+                    return;
+                }
+                self.lines_left -= 1;
+                debug!(client = %self.client, ?candidate, "Remote candidate");
+                self.agent.add_remote_candidate(candidate);
+            }
             if !self.signalled.contains(&(kind, addr)) {
                 self.signalled.push((kind, addr));
             }
@@ -256,7 +269,7 @@ impl Connection {
         };
         let (is_request, nominates) = (message.is_binding_request(), message.use_candidate());
         // The agent would keep a candidate for every port a client sends from.
-        if is_request && self.heard.len() >= MAX_REMOTES && !self.heard.contains(&from) {
+        if is_request && self.heard.len() >= MAX_HEARD && !self.heard.contains(&from) {
             return false;
         }
         let packet = StunPacket { proto: Protocol::Udp, source: from, destination, message: *message };
@@ -597,5 +610,9 @@ impl Connection {
 
     pub(super) fn relay(&self) -> Option<RelayId> {
         self.relay
+    }
+
+    pub(super) fn remotes(&self) -> usize {
+        self.agent.remote_candidates().count()
     }
 }
