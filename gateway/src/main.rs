@@ -9,9 +9,9 @@ mod logging;
 mod portal;
 mod runtime;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser as _;
 use gateway_proto::portal::{Generation, login_url::LoginUrl};
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -29,22 +29,15 @@ const _: () =
     assert!(!gateway_proto::MOCK_CLOCK, "the daemon must not be built with gateway-proto's mock-instant");
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let no_check = cli.no_check;
-    let logging = if no_check || identity::has_net_admin() {
-        logging::init(cli.log_format)
-    } else {
-        Err(anyhow::anyhow!(
-            "The gateway needs CAP_NET_ADMIN for its TUN device and routes, and it is not in the effective set; \
-             run as root, grant it (setcap cap_net_admin+ep), or skip this check with --no-check"
-        ))
+    let prepared = match prepare(Cli::parse()) {
+        Ok(prepared) => prepared,
+        // Nothing is running yet: one sentence, where it also reaches a terminal.
+        Err(e) => {
+            eprintln!("firezone-gateway: {e:#}");
+            return ExitCode::FAILURE;
+        }
     };
-    // Before logging is up, standard error is all there is.
-    if let Err(e) = logging {
-        eprintln!("firezone-gateway: {e:#}");
-        return ExitCode::FAILURE;
-    }
-    match start(cli) {
+    match run(prepared) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             tracing::error!("{e:#}");
@@ -53,28 +46,33 @@ fn main() -> ExitCode {
     }
 }
 
-/// Start-up, in order: what can be refused without touching the machine comes first.
-fn start(cli: Cli) -> Result<()> {
-    tracing::info!(
-        arch = std::env::consts::ARCH,
-        version = env!("CARGO_PKG_VERSION"),
-        kernel = %rustix::system::uname().release().to_string_lossy(),
-        "Starting firezone-gateway"
+/// Everything that was checked before the machine is touched.
+struct Prepared {
+    portal: portal::Client,
+    private_key: StaticSecret,
+    buffers: BufferSizes,
+    health_check_addr: SocketAddr,
+    allow_own_ip: bool,
+    raise_buffer_limits: bool,
+    _lock: InstanceLock,
+}
+
+/// Start-up, first half: an operator's mistake ends it in one sentence.
+fn prepare(cli: Cli) -> Result<Prepared> {
+    ensure!(
+        cli.no_check || identity::has_net_admin(),
+        "the gateway needs CAP_NET_ADMIN for its TUN device and routes, and it is not in the effective set; run as \
+         root, grant it (setcap cap_net_admin+ep), or skip this check with --no-check"
     );
-    tracing::info!("{}", bpf::describe());
+    logging::init(cli.log_format)?;
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     let token = identity::token(cli.token, credentials.as_deref())?;
     let id = identity::gateway_id(cli.firezone_id.as_deref(), &identity::Places::default())?;
     let private_key = StaticSecret::random();
-    let login = LoginUrl::new(
-        &cli.api_url,
-        &id,
-        &identity::name(cli.firezone_name),
-        PublicKey::from(&private_key).as_bytes(),
-    )
-    .context("--api-url (FIREZONE_API_URL) is not usable")?;
-    let portal = portal::Config {
-        login,
+    let public_key = PublicKey::from(&private_key);
+    let name = identity::name(cli.firezone_name);
+    let portal = portal::Client::new(portal::Config {
+        login: LoginUrl::new(&cli.api_url, &id, &name, public_key.as_bytes())?,
         token,
         ca_files: ca_files(cli.ca_file),
         max_partition_time: cli.max_partition_time,
@@ -85,11 +83,28 @@ fn start(cli: Cli) -> Result<()> {
         },
         version: portal::COMPAT_VERSION.to_owned(),
         mark: true,
-    };
-    let buffers = BufferSizes::from_env()?;
+    })?;
+    Ok(Prepared {
+        portal,
+        private_key,
+        buffers: BufferSizes::from_env()?,
+        health_check_addr: cli.health_check_addr,
+        allow_own_ip: cli.allow_own_ip,
+        raise_buffer_limits: !cli.no_inc_buf,
+        _lock: InstanceLock::acquire(TUN_NAME)?,
+    })
+}
 
-    let _lock = InstanceLock::acquire(TUN_NAME)?;
-    if !cli.no_inc_buf {
+/// Start-up, second half, and the rest of the daemon's life.
+fn run(prepared: Prepared) -> Result<()> {
+    tracing::info!(
+        arch = std::env::consts::ARCH,
+        version = env!("CARGO_PKG_VERSION"),
+        kernel = %rustix::system::uname().release().to_string_lossy(),
+        "Starting firezone-gateway"
+    );
+    tracing::info!("{}", bpf::describe());
+    if prepared.raise_buffer_limits {
         data::sysctl::raise_buffer_limits();
     }
     let tokio = tokio::runtime::Builder::new_current_thread()
@@ -99,15 +114,15 @@ fn start(cli: Cli) -> Result<()> {
     tokio.block_on(async {
         let data = DataPlane::start(data::Config {
             tun_name: TUN_NAME.to_owned(),
-            private_key,
-            allow_own_ip: cli.allow_own_ip,
+            private_key: prepared.private_key,
+            allow_own_ip: prepared.allow_own_ip,
             seed: rand::random(),
-            buffers,
+            buffers: prepared.buffers,
         })?;
         let interface = Interface::new(TUN_NAME)?;
         let readiness = Arc::new(Readiness::default());
-        tokio::spawn(health::serve(cli.health_check_addr, Arc::clone(&readiness)));
-        Runtime::new(data, interface, portal, readiness)?.run().await
+        tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
+        Runtime::new(data, interface, prepared.portal, readiness)?.run().await
     })
 }
 

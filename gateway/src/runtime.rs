@@ -70,7 +70,7 @@ impl Runtime {
     pub fn new(
         data: DataPlane,
         interface: Interface,
-        portal: portal::Config,
+        portal: portal::Client,
         readiness: Arc<Readiness>,
     ) -> Result<Self> {
         let control = Control::new(control::Config {
@@ -82,7 +82,7 @@ impl Runtime {
         });
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;
-        let (portal, portal_events) = portal::spawn(portal)?;
+        let (portal, portal_events) = portal.start();
         let interface = InterfaceTask::spawn(interface);
         let mut report = tokio::time::interval(REPORT_INTERVAL);
         report.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -98,42 +98,58 @@ impl Handle {
     }
 }
 
-/// Starts the portal task on the current tokio runtime. Dropping all handles or the receiver ends it.
-///
-/// # Errors
-/// A start-up mistake in one sentence: a CA file without certificates, a token that cannot be sent.
-pub fn spawn(config: Config) -> Result<(Handle, mpsc::Receiver<Event>)> {
-    // "all whitespace inside the token removed" (portal-protocol.md section 3).
-    let token = Zeroizing::new(config.token.0.chars().filter(|c| !c.is_whitespace()).collect::<String>());
-    ensure!(!token.is_empty(), "the token is empty; pass it as FIREZONE_TOKEN or as systemd credential");
-    ensure!(
-        token.bytes().all(|b| b.is_ascii_graphic()),
-        "the token (FIREZONE_TOKEN) contains characters no token has; copy it again from the portal"
-    );
-    let tls = match config.login.is_tls() {
-        true => Some(connect::Tls {
-            config: tls::client_config(&config.ca_files)?,
-            server_name: ServerName::try_from(config.login.host()).with_context(|| {
-                format!("--api-url (FIREZONE_API_URL): no certificate can name {}", config.login.host())
-            })?,
-        }),
-        false => {
+/// A checked configuration, ready to connect.
+pub struct Client {
+    dialer: connect::Dialer,
+    max_partition_time: Duration,
+    generation: Option<Generation>,
+}
+
+impl Client {
+    /// Checks everything that can be wrong without a network.
+    ///
+    /// # Errors
+    /// A start-up mistake in one sentence: a CA file without certificates, a token that cannot be sent.
+    pub fn new(config: Config) -> Result<Self> {
+        // "all whitespace inside the token removed" (portal-protocol.md section 3).
+        let token = Zeroizing::new(config.token.0.chars().filter(|c| !c.is_whitespace()).collect::<String>());
+        ensure!(!token.is_empty(), "the token is empty; pass it as FIREZONE_TOKEN or as systemd credential");
+        ensure!(
+            token.bytes().all(|b| b.is_ascii_graphic()),
+            "the token (FIREZONE_TOKEN) contains characters no token has; copy it again from the portal"
+        );
+        let tls = match config.login.is_tls() {
+            true => Some(connect::Tls {
+                config: tls::client_config(&config.ca_files)?,
+                server_name: ServerName::try_from(config.login.host()).with_context(|| {
+                    format!("--api-url (FIREZONE_API_URL): no certificate can name {}", config.login.host())
+                })?,
+            }),
+            false => None,
+        };
+        let dialer = connect::Dialer {
+            user_agent: user_agent::user_agent(&config.version),
+            login: config.login,
+            token,
+            tls,
+            mark: config.mark.then_some(crate::data::MARK),
+        };
+        Ok(Self { dialer, max_partition_time: config.max_partition_time, generation: config.generation })
+    }
+
+    /// Starts the portal task on the current tokio runtime. Dropping all handles or the receiver ends it.
+    #[must_use]
+    pub fn start(self) -> (Handle, mpsc::Receiver<Event>) {
+        if self.dialer.tls.is_none() {
             tracing::info!(
                 "The portal's URL is not encrypted: whoever is on the way can read token and keys"
             );
-            None
         }
-    };
-    let (commands, command_queue) = mpsc::unbounded_channel();
-    let (events, event_queue) = mpsc::channel(256);
-    let dialer = connect::Dialer {
-        user_agent: user_agent::user_agent(&config.version),
-        login: config.login,
-        token,
-        tls,
-        mark: config.mark.then_some(crate::data::MARK),
-    };
-    let task = task::Task::new(dialer, config.max_partition_time, config.generation, command_queue, events);
-    tokio::spawn(task.run());
-    Ok((Handle { commands }, event_queue))
+        let (commands, command_queue) = mpsc::unbounded_channel();
+        let (events, event_queue) = mpsc::channel(256);
+        let task =
+            task::Task::new(self.dialer, self.max_partition_time, self.generation, command_queue, events);
+        tokio::spawn(task.run());
+        (Handle { commands }, event_queue)
+    }
 }

@@ -27,7 +27,7 @@ const TOKEN: &str = ".SFMyNTY.secret+token/with=signs";
 #[tokio::test]
 async fn joins_then_sends_what_waited_and_closes_with_1000() {
     let (listener, url) = listen().await;
-    let (handle, mut events) = spawn(config(&url)).unwrap();
+    let (handle, mut events) = Client::new(config(&url)).unwrap().start();
     let (mut socket, request) = accept(&listener).await;
     assert!(request.uri().path_and_query().unwrap().as_str().starts_with(
         "/gateway/v2/websocket?external_id=bd7662a5eeb41614e720d477abfcb2272e19a8a70a93b7e3bc8560d44ad326e9&name=gw+1&"
@@ -67,7 +67,7 @@ async fn joins_then_sends_what_waited_and_closes_with_1000() {
 #[tokio::test]
 async fn a_401_is_fatal_and_tells_the_portal_s_reason_even_if_it_comes_late() {
     let (listener, url) = listen().await;
-    let (_handle, mut events) = spawn(config(&url)).unwrap();
+    let (_handle, mut events) = Client::new(config(&url)).unwrap().start();
     let problem =
         json!({"code": "invalid_token", "detail": "The token was revoked", "status": 401}).to_string();
     let (first, second) = problem.split_at(20);
@@ -93,7 +93,7 @@ async fn a_401_is_fatal_and_tells_the_portal_s_reason_even_if_it_comes_late() {
 #[tokio::test]
 async fn a_503_is_retried_when_the_portal_says_so() {
     let (listener, url) = listen().await;
-    let (_handle, mut events) = spawn(config(&url)).unwrap();
+    let (_handle, mut events) = Client::new(config(&url)).unwrap().start();
     refuse(&listener, "503 Service Unavailable\r\nretry-after: 1", "busy").await;
     let refused = Instant::now();
     let Event::Disconnected { reason, retry_in } = next(&mut events).await else { panic!() };
@@ -108,7 +108,7 @@ async fn a_503_is_retried_when_the_portal_says_so() {
 #[tokio::test]
 async fn a_portal_without_v2_is_spoken_to_on_v1() {
     let (listener, url) = listen().await;
-    let (handle, mut events) = spawn(config(&url)).unwrap();
+    let (handle, mut events) = Client::new(config(&url)).unwrap().start();
     let target = refuse(&listener, "404 Not Found", "Not Found").await;
     assert!(target.starts_with("/gateway/v2/websocket?external_id="), "no token in a v2 URL: {target}");
     let (mut socket, request) = accept(&listener).await;
@@ -134,7 +134,8 @@ async fn a_portal_without_v2_is_spoken_to_on_v1() {
 #[tokio::test]
 async fn a_forced_endpoint_does_not_fall_back() {
     let (listener, url) = listen().await;
-    let (_handle, mut events) = spawn(Config { generation: Some(Generation::V2), ..config(&url) }).unwrap();
+    let (_handle, mut events) =
+        Client::new(Config { generation: Some(Generation::V2), ..config(&url) }).unwrap().start();
     refuse(&listener, "404 Not Found", "").await;
     let Event::Disconnected { reason, .. } = next(&mut events).await else { panic!() };
     assert_eq!(reason, "the portal refused the connection: HTTP 404");
@@ -143,7 +144,8 @@ async fn a_forced_endpoint_does_not_fall_back() {
 #[tokio::test]
 async fn a_page_that_echoes_the_token_does_not_reach_the_log() {
     let (listener, url) = listen().await;
-    let (_handle, mut events) = spawn(Config { generation: Some(Generation::V1), ..config(&url) }).unwrap();
+    let (_handle, mut events) =
+        Client::new(Config { generation: Some(Generation::V1), ..config(&url) }).unwrap().start();
     let encoded = ".SFMyNTY.secret%2Btoken%2Fwith%3Dsigns";
     refuse(&listener, "500 Oops", &format!("GET /gateway/websocket?token={encoded} and {TOKEN}")).await;
     let Event::Disconnected { reason, .. } = next(&mut events).await else { panic!() };
@@ -164,7 +166,7 @@ async fn answers_that_are_no_upgrade_are_retried() {
         ("HTTP/1.1 502 Bad\r\ntransfer-encoding: chunked\r\n\r\n3\r\nbad\r\n0\r\n\r\n", "HTTP 502 bad"),
     ] {
         let (listener, url) = listen().await;
-        let (_handle, mut events) = spawn(config(&url)).unwrap();
+        let (_handle, mut events) = Client::new(config(&url)).unwrap().start();
         let mut stream = request(&listener).await.0;
         stream.write_all(answer.as_bytes()).await.unwrap();
         drop(stream);
@@ -177,7 +179,7 @@ async fn answers_that_are_no_upgrade_are_retried() {
 async fn a_closed_port_is_retried_and_a_close_ends_the_wait() {
     let (listener, url) = listen().await;
     drop(listener);
-    let (handle, mut events) = spawn(config(&url)).unwrap();
+    let (handle, mut events) = Client::new(config(&url)).unwrap().start();
     let Event::Disconnected { reason, retry_in } = next(&mut events).await else { panic!() };
     assert!(reason.contains("refused") && reason.contains("127.0.0.1"), "{reason}");
     assert!(retry_in >= Duration::from_secs(1));
@@ -191,7 +193,7 @@ async fn a_closed_port_is_retried_and_a_close_ends_the_wait() {
 #[tokio::test]
 async fn a_server_s_close_is_echoed_and_followed_by_a_reconnect() {
     let (listener, url) = listen().await;
-    let (_handle, mut events) = spawn(config(&url)).unwrap();
+    let (_handle, mut events) = Client::new(config(&url)).unwrap().start();
     let mut socket = accept(&listener).await.0;
     join(&mut socket).await;
     assert!(matches!(next(&mut events).await, Event::Connected { .. }));
@@ -238,7 +240,7 @@ async fn a_private_ca_is_trusted_only_if_named() {
 
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("wss://localhost:{}", listener.local_addr().unwrap().port());
-    let (_refusing, mut events) = spawn(config(&url)).unwrap();
+    let (_refusing, mut events) = Client::new(config(&url)).unwrap().start();
     assert!(acceptor.accept(listener.accept().await.unwrap().0).await.is_err());
     let Event::Disconnected { reason, .. } = next(&mut events).await else { panic!() };
     assert!(reason.contains("not trusted") && reason.contains("--ca-file"), "{reason}");
@@ -246,7 +248,7 @@ async fn a_private_ca_is_trusted_only_if_named() {
     drop(_refusing);
 
     let ca_files = vec![CaFile { path: PathBuf::from(file.path()), named_by: "--ca-file" }];
-    let (_trusting, mut events) = spawn(Config { ca_files, ..config(&url) }).unwrap();
+    let (_trusting, mut events) = Client::new(Config { ca_files, ..config(&url) }).unwrap().start();
     let stream = acceptor.accept(listener.accept().await.unwrap().0).await.unwrap();
     assert_eq!(stream.get_ref().1.server_name(), Some("localhost"));
     let mut socket = tokio_tungstenite::accept_async(stream).await.unwrap();
@@ -339,8 +341,10 @@ async fn the_portal_socket_is_marked_or_says_what_is_missing() {
 #[tokio::test]
 async fn a_token_that_cannot_be_sent_is_refused_at_start() {
     for token in ["", " \n", "tökén", "a\u{0}b"] {
-        let error =
-            spawn(Config { token: secret(token), ..config("ws://127.0.0.1:1") }).unwrap_err().to_string();
+        let error = Client::new(Config { token: secret(token), ..config("ws://127.0.0.1:1") })
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("FIREZONE_TOKEN"), "{error}");
         assert!(token.is_empty() || !error.contains(token), "{error}");
     }
@@ -365,7 +369,8 @@ async fn the_log_at_trace_shows_the_messages_and_none_of_their_secrets() {
     // The runtime of a test is this thread.
     let _guard = tracing::subscriber::set_default(subscriber);
     let (listener, url) = listen().await;
-    let (handle, mut events) = spawn(Config { generation: Some(Generation::V1), ..config(&url) }).unwrap();
+    let (handle, mut events) =
+        Client::new(Config { generation: Some(Generation::V1), ..config(&url) }).unwrap().start();
     let mut socket = accept(&listener).await.0;
     join(&mut socket).await;
     assert!(matches!(next(&mut events).await, Event::Connected { .. }));

@@ -75,14 +75,10 @@ impl Endpoints {
     }
 }
 
-/// Phoenix answers a path without route by 404; some proxies in front of it by a bare 403. The portal's own 403 carries
-/// a problem body.
+/// Phoenix answers a path without route by 404. A 403 may be a portal that blocks our country: to go on to v1 would
+/// put the token into a query string for nothing.
 fn is_missing_route(refusal: &Refusal) -> bool {
-    match refusal.status {
-        404 => true,
-        403 => refusal.problem.is_none(),
-        _ => false,
-    }
+    refusal.status == 404
 }
 
 #[cfg(test)]
@@ -99,7 +95,7 @@ mod tests {
         assert_eq!(endpoints.current(), Generation::V1);
         assert!(!endpoints.handle_failure(&refused(404)), "neither exists: wait");
         assert_eq!(endpoints.current(), Generation::V2, "and begin again with v2");
-        assert!(endpoints.handle_failure(&refused(403)));
+        assert!(endpoints.handle_failure(&refused(404)));
         endpoints.handle_joined();
         assert_eq!(endpoints.current(), Generation::V1, "the working endpoint is remembered");
         assert!(!endpoints.handle_failure(&Failure::JoinTimeout));
@@ -111,7 +107,9 @@ mod tests {
     #[test]
     fn other_refusals_and_forced_endpoints_stay() {
         let mut endpoints = Endpoints::new(None);
-        assert!(!endpoints.handle_failure(&refused(503)));
+        for status in [401, 403, 409, 503] {
+            assert!(!endpoints.handle_failure(&refused(status)), "{status}");
+        }
         let problem = br#"{"code":"unauthenticated","detail":"no","title":"Forbidden","status":403}"#;
         let refusal = Refusal::new(403, Some("application/problem+json"), None, problem, Duration::ZERO);
         assert!(!endpoints.handle_failure(&Failure::Refused(refusal)));
