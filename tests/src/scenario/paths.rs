@@ -11,7 +11,7 @@ use super::{
 use crate::{
     net::{topology::Plan, wire::Link},
     standins::{
-        client,
+        client::{self, Command},
         portal::{self, Role},
     },
 };
@@ -100,6 +100,33 @@ pub(super) fn relay_arrives_late(cx: &mut Context) -> Result<()> {
         .context("the parked authorization")?;
     lab.connect(0, &[lan6()])?;
     http_both(&cx.topology.clients[0].namespace)?;
+    lab.finish()
+}
+
+/// The client's network changes: new key, new login, new sockets.
+pub(super) fn client_roams(cx: &mut Context) -> Result<()> {
+    comes_again(cx, &Command::Roam)
+}
+
+/// The client dies without a word and comes again while the gateway still believes in the old connection.
+pub(super) fn client_vanishes(cx: &mut Context) -> Result<()> {
+    comes_again(cx, &Command::Vanish)
+}
+
+fn comes_again(cx: &Context, how: &Command) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    http_both(client)?;
+    for _ in 0..2 {
+        lab.clients[0].forget_events();
+        lab.clients[0].command(how)?;
+        if matches!(how, Command::Roam) {
+            lab.clients[0].wait_joined(5 * SECOND)?;
+        }
+        lab.connect(0, &[lan4(), lan6()])?;
+        http_both(client)?;
+    }
     lab.finish()
 }
 

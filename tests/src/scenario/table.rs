@@ -57,6 +57,8 @@ pub static SCENARIOS: &[Scenario] = &[
         20,
         paths::relay_arrives_late,
     ),
+    scenario("the client's network changes", direct::plan, 30, paths::client_roams),
+    scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
     scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 30, paths::lossy),
     scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes),
     scenario(
@@ -70,6 +72,7 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
     scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop),
+    scenario("portal refuses: busy, then the token", direct::plan, 60, trouble::portal_refuses),
     scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one),
     scenario("the last resource revoked mid-transfer: goodbye", direct::plan, 30, access::revoke_last),
     scenario("an authorization expires", direct::plan, 30, access::expiry),

@@ -23,7 +23,7 @@ use crate::{
         process::{Process, Spawn},
         topology::{LAN_HOST, LAN_HOST_2},
     },
-    standins::portal::Role,
+    standins::portal::{Direction, Entry, Refusal, Role},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -151,8 +151,7 @@ pub(super) fn second_instance(cx: &mut Context) -> Result<()> {
     let status = second.wait(3 * SECOND)?;
     let said = second.log();
     ensure!(status.code() == Some(1), "{status}: {said}");
-    ensure!(said.contains(&lab.gateway.pid().to_string()), "it does not name the first one's pid: {said}");
-    ensure!(said.lines().count() == 1, "more than a sentence: {said}");
+    is_one_sentence(&said, &format!("{}", lab.gateway.pid())).context("the first one's pid")?;
     http_both(&cx.topology.clients[0].namespace).context("the first gateway serves on")?;
     lab.finish()
 }
@@ -194,6 +193,48 @@ pub(super) fn operator_errors(cx: &mut Context) -> Result<()> {
             "{arguments:?} {variables:?}: not one sentence: {said}"
         );
     }
+    Ok(())
+}
+
+/// The last line names `needle`; before it there is at most what a good start says too.
+fn is_one_sentence(said: &str, needle: &str) -> Result<()> {
+    let (last, before) = said
+        .trim_end()
+        .lines()
+        .collect::<Vec<_>>()
+        .split_last()
+        .map(|(l, b)| (*l, b.to_vec()))
+        .context("silence")?;
+    ensure!(last.contains(needle), "the last line does not name {needle}: {last}");
+    ensure!(before.iter().all(|line| line.contains(" INFO ")), "more than a sentence: {said}");
+    Ok(())
+}
+
+/// The portal is too busy, then does not know the token any more: wait as told, then end.
+pub(super) fn portal_refuses(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    lab.portal.refuse_next(Role::Gateway, &Refusal::busy(3), 1);
+    let dropped = lab.portal.mark();
+    lab.portal.drop_sockets(Some(Role::Gateway));
+    let is_refusal = |entry: &Entry| entry.peer == Role::Gateway && entry.dir == Direction::Refused;
+    let refused = lab.portal.wait_since(dropped, 10 * SECOND, is_refusal)?;
+    let joined = lab.portal.wait_since(dropped, 10 * SECOND, |entry| entry.to_gateway("init"))?;
+    let waited = joined.at - refused.at;
+    ensure!(
+        waited >= 3 * SECOND && waited < 5 * SECOND,
+        "Retry-After: 3, yet it came again after {waited:?}"
+    );
+    ping_both(client).context("refused, but back")?;
+
+    lab.portal.refuse_next(Role::Gateway, &Refusal::new(401, "invalid_token"), 1);
+    lab.portal.drop_sockets(Some(Role::Gateway));
+    let status = lab.gateway.wait(10 * SECOND)?;
+    ensure!(status.code() == Some(1), "with an invalid token it ended with {status}");
+    let said = lab.gateway.log();
+    let last = said.lines().last().unwrap_or_default();
+    ensure!(last.contains("token"), "the last line does not name the token: {last}");
     Ok(())
 }
 
