@@ -147,7 +147,8 @@ fn leave_and_come_again(cx: &Context, lab: &mut Lab) -> Result<()> {
         Ok(lab.portal.online(Role::Client).is_empty().then_some(()))
     })?;
     lab.clients.push(Client::start(cx, 0, &lab.portal.url(), &lab.client_token, Generation::Head)?);
-    lab.clients[0].wait_joined(Duration::from_secs(5))
+    lab.clients[0].wait_joined(Duration::from_secs(5))?;
+    lab.clients[0].wait_relay(Duration::from_secs(5))
 }
 
 fn measure(cx: &Context, lab: &mut Lab, kind: Kind, limit: Duration, step: &dyn Fn(&str)) -> Result<Row> {

@@ -227,8 +227,8 @@ http {{
     location = / {{ default_type text/plain; return 200 "hello from the LAN\n"; }}
     location = /whoami {{ default_type text/plain; return 200 "$remote_addr\n"; }}
     location = /big {{ root {big}; }}
-    # Slow enough that something can happen to it on the way: about 10 s.
-    location = /slow {{ alias {big}/big; limit_rate 10m; }}
+    # Slow enough that something can happen to it on the way: about 20 s.
+    location = /slow {{ alias {big}/big; limit_rate 5m; }}
     location /put/ {{ root {uploads}; dav_methods PUT; }}
   }}
 }}

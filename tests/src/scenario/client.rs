@@ -87,6 +87,14 @@ impl Client {
         self.wait_for("joined", limit, |event| matches!(event, Event::Joined { .. }))
     }
 
+    /// Waits until the client has an allocation on a relay: without one it cannot offer candidates.
+    ///
+    /// # Errors
+    /// If that takes longer than `limit`.
+    pub fn wait_relay(&mut self, limit: Duration) -> Result<()> {
+        self.wait_for("relay", limit, |event| matches!(event, Event::Relay { .. }))
+    }
+
     /// Waits until the portal has granted a resource.
     ///
     /// # Errors

@@ -156,6 +156,9 @@ impl Lab {
         }
         for client in &mut lab.clients {
             client.wait_joined(Duration::from_secs(5))?;
+            if !options.hold_relays {
+                client.wait_relay(Duration::from_secs(5))?;
+            }
         }
         Ok(lab)
     }

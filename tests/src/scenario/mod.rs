@@ -188,8 +188,12 @@ fn run_one(
             result
         }
         Err(mpsc::RecvTimeoutError::Timeout) => {
-            // The thread is left alone; without its processes it will find its own end.
             netns::remove_run(std::process::id());
+            // Without its processes the thread soon finds its end; its guards must not meet the next scenario's names.
+            let patience = Instant::now() + Duration::from_secs(30);
+            while !thread.is_finished() && Instant::now() < patience {
+                std::thread::sleep(Duration::from_millis(20));
+            }
             Err(anyhow!("it took longer than its bound of {:?}", scenario.limit))
         }
         Err(mpsc::RecvTimeoutError::Disconnected) => {

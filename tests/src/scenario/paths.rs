@@ -86,7 +86,7 @@ pub(super) fn relay_dies(cx: &mut Context) -> Result<()> {
 pub(super) fn relay_arrives_late(cx: &mut Context) -> Result<()> {
     let mut lab = Lab::start(cx, &Options { hold_relays: true, ..Options::default() })?;
     let asked = lab.portal.mark();
-    lab.clients[0].request(lan4().id)?;
+    lab.portal.authorize(lab.client_id(0)?, lan4().id)?;
     lab.portal
         .wait_since(asked, 2 * SECOND, |entry| entry.from_gateway("no_relays"))
         .context("no_relays, at once")?;
@@ -98,7 +98,9 @@ pub(super) fn relay_arrives_late(cx: &mut Context) -> Result<()> {
     lab.portal
         .wait_since(offered, 2 * SECOND, |entry| entry.from_gateway("authorization_created"))
         .context("the parked authorization")?;
-    lab.connect(0, &[lan6()])?;
+    // The client may have heard of it before it had an allocation of its own; then it asks again.
+    lab.clients[0].wait_relay(5 * SECOND)?;
+    lab.connect(0, &[lan4(), lan6()])?;
     http_both(&cx.topology.clients[0].namespace)?;
     lab.finish()
 }
@@ -123,6 +125,7 @@ fn comes_again(cx: &Context, how: &Command) -> Result<()> {
         lab.clients[0].command(how)?;
         if matches!(how, Command::Roam) {
             lab.clients[0].wait_joined(5 * SECOND)?;
+            lab.clients[0].wait_relay(5 * SECOND)?;
         }
         lab.connect(0, &[lan4(), lan6()])?;
         http_both(client)?;

@@ -41,6 +41,8 @@ pub(super) fn portal_dies(cx: &mut Context) -> Result<()> {
     let transfer = Download::start(cx, client, "transfer", &format!("http://{}/slow", LAN_HOST.0))?;
     transfer.wait_growth(2 * SECOND)?;
 
+    // A grant of the last seconds survives a list that lacks it: the portal writes it down late.
+    std::thread::sleep(6 * SECOND);
     lab.portal.stop();
     let id = lab.client_id(0)?;
     lab.portal.forget(id, host_2().id);
@@ -161,7 +163,7 @@ pub(super) fn operator_errors(cx: &mut Context) -> Result<()> {
     /// `--flag` arguments; variables; exit code; what the output must contain.
     type Case = (&'static [&'static str], &'static [(&'static str, &'static str)], i32, &'static str);
     const GOOD: (&str, &str) = ("FIREZONE_TOKEN", "token");
-    const URL: (&str, &str) = ("FIREZONE_API_URL", "ws://203.0.113.66:8081/");
+    const URL: (&str, &str) = ("FIREZONE_API_URL", "wss://203.0.113.66:8081/");
     let cases: &[Case] = &[
         (&["--help"], &[], 0, "FIREZONE_TOKEN"),
         (&["--version"], &[], 0, "firezone-gateway"),
@@ -187,24 +189,17 @@ pub(super) fn operator_errors(cx: &mut Context) -> Result<()> {
         let said = process.log();
         ensure!(status.code() == Some(*code), "{arguments:?} {variables:?}: {status}, not {code}: {said}");
         ensure!(said.contains(needle), "{arguments:?} {variables:?}: {needle} is not named: {said}");
-        ensure!(!said.contains("panicked"), "{said}");
-        ensure!(
-            *code != 1 || said.trim().lines().count() == 1,
-            "{arguments:?} {variables:?}: not one sentence: {said}"
-        );
+        if *code == 1 {
+            is_one_sentence(&said, needle).with_context(|| format!("{arguments:?} {variables:?}"))?;
+        }
     }
     Ok(())
 }
 
 /// The last line names `needle`; before it there is at most what a good start says too.
 fn is_one_sentence(said: &str, needle: &str) -> Result<()> {
-    let (last, before) = said
-        .trim_end()
-        .lines()
-        .collect::<Vec<_>>()
-        .split_last()
-        .map(|(l, b)| (*l, b.to_vec()))
-        .context("silence")?;
+    let lines: Vec<&str> = said.trim_end().lines().collect();
+    let (last, before) = lines.split_last().context("silence")?;
     ensure!(last.contains(needle), "the last line does not name {needle}: {last}");
     ensure!(before.iter().all(|line| line.contains(" INFO ")), "more than a sentence: {said}");
     Ok(())

@@ -306,11 +306,14 @@ fn lan(gateway: &NetNs) -> Result<NetNs> {
     let host = NetNs::new("lan")?;
     wire::connect((gateway, "eth1"), (&host, "eth0"), Link::default())?;
     gateway.ip_batch(&["addr add 172.20.0.1/24 dev eth1", "addr add fd00:db8:20::1/64 dev eth1 nodad"])?;
-    let mut addresses = Vec::new();
-    for (v4, v6) in [LAN_HOST, LAN_HOST_2] {
-        addresses.push(format!("addr add {v4}/24 dev eth0"));
-        addresses.push(format!("addr add {v6}/64 dev eth0 nodad"));
-    }
+    // The second IPv6 address is deprecated from the start: servers that answer from an unbound UDP socket then take the
+    // first, as they do for IPv4.
+    let addresses = [
+        format!("addr add {}/24 dev eth0", LAN_HOST.0),
+        format!("addr add {}/24 dev eth0", LAN_HOST_2.0),
+        format!("addr add {}/64 dev eth0 nodad", LAN_HOST.1),
+        format!("addr add {}/64 dev eth0 nodad preferred_lft 0", LAN_HOST_2.1),
+    ];
     host.ip_batch(&addresses)?;
     Ok(host)
 }
