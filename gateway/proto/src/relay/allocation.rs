@@ -23,7 +23,7 @@ use stun_types::{attribute::Nonce, message::TransactionId};
 
 use super::{
     channels::{self, Channels, Wanted},
-    codec::{self, Credentials, Request, family},
+    codec::{self, Credentials, RefreshForm, Request, family},
     event::{LocalCandidate, RelayEvent, Use},
     requests::{Due, Key, LADDER, PROBE, Pending, Requests, Sent},
     rtt::Rtt,
@@ -75,6 +75,8 @@ pub(super) struct Allocation {
     nonce: Option<Nonce>,
     /// Counts the nonces, so that an answer to a request with an older one is known as such.
     nonce_number: u32,
+    /// What this server takes.
+    refresh_form: RefreshForm,
     requests: Requests,
     channels: Channels,
     buffered: VecDeque<(SocketAddr, Use)>,
@@ -132,6 +134,7 @@ impl Allocation {
             mappings: [None; 2],
             nonce: None,
             nonce_number: 0,
+            refresh_form: RefreshForm::default(),
             requests: Requests::default(),
             channels: Channels::default(),
             buffered: VecDeque::new(),
@@ -460,7 +463,7 @@ impl Allocation {
             return;
         };
         let credentials = (!bare).then_some(&server.credentials);
-        let payload = codec::encode(request, id, credentials, self.nonce.as_ref());
+        let payload = codec::encode(request, id, credentials, self.nonce.as_ref(), self.refresh_form);
         self.requests.sent(key, Sent { id, nonce: if bare { 0 } else { self.nonce_number } }, now);
         if let Request::Bind { number, .. } = request {
             self.channels.on_bind_sent(number, now);

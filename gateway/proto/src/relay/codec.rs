@@ -84,17 +84,29 @@ impl Request {
     }
 }
 
+/// What a REFRESH carries besides LIFETIME and credentials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum RefreshForm {
+    /// REQUESTED-TRANSPORT and ADDITIONAL-ADDRESS-FAMILY too, as upstream's gateway does (connections.md section 8.5).
+    #[default]
+    LikeAllocate,
+    /// Neither: RFC 8656 knows both in ALLOCATE only, and coturn answers the first with 420.
+    Plain,
+}
+
 /// The bytes of `request`; without `credentials` it is not authenticated. A BINDING never is.
 pub(super) fn encode(
     request: Request,
     id: TransactionId,
     credentials: Option<&Credentials>,
     nonce: Option<&Nonce>,
+    refresh: RefreshForm,
 ) -> Vec<u8> {
     let kind = MessageType::from_class_method(MessageClass::Request, request.method());
     let mut message = Message::builder(kind, id, MessageWriteVec::with_capacity(256));
     match request {
         Request::Binding => {}
+        Request::Refresh | Request::Deallocate if refresh == RefreshForm::Plain => {}
         Request::Allocate | Request::Refresh | Request::Deallocate => {
             put(&mut message, &RequestedTransport::new(RequestedTransport::UDP));
             put(&mut message, &AdditionalAddressFamily::new(AddressFamily::IPV6));
@@ -310,7 +322,13 @@ mod tests {
         ];
         for (name, recorded, request, nonce) in table {
             let recorded = hex::decode(recorded).unwrap();
-            let ours = encode(request, id_of(&recorded), Some(&credentials_of(name)), nonce);
+            let ours = encode(
+                request,
+                id_of(&recorded),
+                Some(&credentials_of(name)),
+                nonce,
+                RefreshForm::LikeAllocate,
+            );
             assert_eq!(hex::encode(ours), hex::encode(recorded), "{name}");
         }
     }
@@ -325,12 +343,18 @@ mod tests {
 
     #[test]
     fn a_deallocating_refresh_has_its_attributes_in_order() {
-        let bytes =
-            encode(Request::Deallocate, 7.into(), Some(&credentials()), Some(&Nonce::new("n").unwrap()));
+        let bytes = encode(
+            Request::Deallocate,
+            7.into(),
+            Some(&credentials()),
+            Some(&Nonce::new("n").unwrap()),
+            RefreshForm::LikeAllocate,
+        );
         let message = Message::from_bytes(&bytes).unwrap();
         let kinds: Vec<u16> = message.iter_attributes().map(|(_, raw)| raw_type(&raw).value()).collect();
         assert_eq!(kinds, [0x0019, 0x8000, 0x8022, 0x000D, 0x0006, 0x0014, 0x0015, 0x0008]);
-        let refresh = encode(Request::Refresh, 7.into(), Some(&credentials()), None);
+        let refresh =
+            encode(Request::Refresh, 7.into(), Some(&credentials()), None, RefreshForm::LikeAllocate);
         let message = Message::from_bytes(&refresh).unwrap();
         let kinds: Vec<u16> = message.iter_attributes().map(|(_, raw)| raw_type(&raw).value()).collect();
         assert_eq!(kinds, [0x0019, 0x8000, 0x8022, 0x0006, 0x0014, 0x0008]);

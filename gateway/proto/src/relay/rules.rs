@@ -128,7 +128,14 @@ fn every_error_code_has_its_rule() {
         gone: bool,
     }
     let table = [
-        Row { name: "420 on REFRESH", refuse: (4, 420), kinds: &[REFRESH], allocated: false, gone: true },
+        // Once more without the attributes of ALLOCATE, then it is hopeless.
+        Row {
+            name: "420 on REFRESH",
+            refuse: (4, 420),
+            kinds: &[REFRESH, REFRESH],
+            allocated: false,
+            gone: true,
+        },
         Row { name: "500 on REFRESH", refuse: (4, 500), kinds: &[REFRESH], allocated: true, gone: false },
         Row {
             name: "437 on REFRESH",
@@ -259,6 +266,33 @@ fn a_refused_channel_is_forgotten_and_not_asked_for_at_every_check() {
     assert_eq!((world.take_kinds(), lost), (vec![BIND], 40));
     assert_eq!(world.relays.counters().get(DropReason::NoChannel), 40);
     assert!(world.allocated());
+}
+
+#[test]
+fn a_relay_that_wants_a_plain_refresh_gets_it_and_keeps_its_allocation() {
+    let mut world = World::with_one(Flavor::Coturn, 3478);
+    world.take_kinds();
+    world.take_events();
+    world.run(secs(910));
+    let refreshes = world.take_kinds().into_iter().filter(|kind| *kind == REFRESH).count();
+    assert_eq!(refreshes, 4, "the first is repeated, the other two are plain at once");
+    assert_eq!(world.take_events(), []);
+    assert!(world.allocated());
+}
+
+#[test]
+fn an_allocation_that_only_the_relay_remembers_is_replaced() {
+    for flavor in [Flavor::Firezone, Flavor::Coturn] {
+        let mut world = World::with_one(flavor, 3478);
+        let entries = world.twins[0].entries(id(0));
+        world.relays.update(&[id(0)], &[], world.now);
+        world.pump();
+        assert_eq!(world.twins[0].allocations(), 1, "{flavor:?}: nothing is released");
+        world.relays.update(&[], &entries, world.now);
+        world.pump();
+        world.run(secs(1));
+        assert!(world.allocated(), "{flavor:?}");
+    }
 }
 
 #[test]

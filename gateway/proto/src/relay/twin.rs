@@ -229,6 +229,12 @@ impl Twin {
         let nonce = message.attribute::<Nonce>().ok().map(|nonce| nonce.nonce().to_owned());
         let named = message.attribute::<Username>().is_ok_and(|name| name.username() == self.username);
         let signed = message.has_attribute(MessageIntegrity::TYPE);
+        // What coturn 4.6 looks at before the credentials.
+        if self.flavor == Flavor::Coturn && message.method() == ALLOCATE && nonce.is_none() {
+            if self.allocations.contains_key(&client) {
+                return Some(self.error(message, 437).finish_plain(self.flavor));
+            }
+        }
         let challenge = match &nonce {
             None if signed && self.flavor == Flavor::Coturn => {
                 return Some(self.error(message, 400).finish_plain(self.flavor));
@@ -319,6 +325,9 @@ impl Twin {
         client: SocketAddr,
         now: Instant,
     ) -> Result<MessageWriteVec, u16> {
+        if self.flavor == Flavor::Coturn && message.has_attribute(RequestedTransport::TYPE) {
+            return Err(420);
+        }
         let until = now + self.lifetime;
         let granted = self.allocations.get_mut(&client).ok_or(437_u16)?;
         granted.until = until;

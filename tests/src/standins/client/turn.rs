@@ -530,7 +530,10 @@ impl Credentials {
             add(&XorPeerAddress::new(peer, id));
             add(&ChannelNumber::new(number));
         }
-        if matches!(what, What::Allocate | What::Refresh { .. }) {
+        // Upstream sends both in REFRESH too; RFC 8656 knows them in ALLOCATE only, and coturn (which is known by wanting
+        // unsigned requests first) answers 420.
+        let like_allocate = matches!(what, What::Refresh { .. }) && !self.unsigned;
+        if what == What::Allocate || like_allocate {
             add(&RequestedTransport::new(RequestedTransport::UDP));
             add(&AdditionalAddressFamily::new(AddressFamily::IPV6));
         }

@@ -2,8 +2,9 @@
 //!
 //! Who may do what: BINDING answers are never authenticated. Every other answer needs a valid MESSAGE-INTEGRITY;
 //! the exceptions are what coturn sends without any. A 401 or 438 may supply a nonce, and it may end an attempt to
-//! get an allocation, but it cannot end an allocation that works. A 400 to the first ALLOCATE makes us ask again
-//! without credentials, which every TURN server answers with a nonce.
+//! get an allocation, but it cannot end an allocation that works. A 400 to the first request makes us ask again
+//! without credentials, which every TURN server answers with a nonce. A 437 to an ALLOCATE without nonce tells of an
+//! allocation that we no longer know of; as none of ours works then, nothing is lost by believing it.
 
 use std::{net::SocketAddr, time::Instant};
 
@@ -14,7 +15,7 @@ use super::{
     RETRY, State,
 };
 use crate::relay::{
-    codec::{Answer, Body, Integrity, Refusal, Request, Success, family},
+    codec::{Answer, Body, Integrity, RefreshForm, Refusal, Request, Success, family},
     event::RelayEvent,
     requests::{Key, LADDER, Pending, Sent},
 };
@@ -59,12 +60,22 @@ impl Allocation {
             }
             // coturn has no challenge for a request that is signed but has no nonce; it has one for a bare request.
             (Body::Error(Refusal { code: 400, .. }), Integrity::Absent)
-                if request == Request::Allocate && copy.nonce == 0 && newest == 0 && !pending_is_bare =>
+                if matches!(request, Request::Allocate | Request::Deallocate)
+                    && copy.nonce == 0
+                    && newest == 0
+                    && !pending_is_bare =>
             {
                 self.rtt.sample(now.saturating_duration_since(first_sent));
                 self.requests.forget_copy(key, answer.id);
                 self.requests.restart(key, true, now);
                 self.transmit(key, now, out);
+            }
+            (Body::Error(Refusal { code: 437, .. }), Integrity::Absent)
+                if request == Request::Allocate && copy.nonce == 0 =>
+            {
+                self.rtt.sample(now.saturating_duration_since(first_sent));
+                self.requests.remove(key);
+                self.on_mismatch(request, now, out);
             }
             (_, Integrity::Absent) => out.counters.count(DropReason::RelayUnauthenticated),
             (body, Integrity::Valid) => {
@@ -223,6 +234,13 @@ impl Allocation {
     fn on_refusal(&mut self, pending: &Pending, code: u16, now: Instant, out: &mut Out) {
         match (code, pending.request) {
             (437, request) => self.on_mismatch(request, now, out),
+            (420, request @ (Request::Refresh | Request::Deallocate))
+                if self.refresh_form != RefreshForm::Plain =>
+            {
+                tracing::debug!(relay = %self.id, "Relay wants REFRESH without the attributes of ALLOCATE");
+                self.refresh_form = RefreshForm::Plain;
+                self.request(request, pending.dst, LADDER, now, out);
+            }
             (420, _) => {
                 tracing::warn!(relay = %self.id, "Relay does not know an attribute that every TURN server must know");
                 self.give_up(out);
