@@ -1,7 +1,7 @@
 //! The connection to one gateway: an ICE agent, a WireGuard tunnel, the route between them
 //! (connections.md sections 5, 6, 10).
 //!
-//! It does not know resources or the portal; those are in `client`.
+//! It does not know resources or the portal; those are in `core`.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -188,12 +188,13 @@ impl Connection {
     /// A STUN message that [`Self::accepts`] said yes to.
     pub(super) fn handle_stun(
         &mut self,
-        message: StunMessage<'_>,
+        message: &StunMessage<'_>,
         source: SocketAddr,
         destination: SocketAddr,
         now: Instant,
     ) {
-        self.agent.handle_packet(now, StunPacket { proto: Protocol::Udp, source, destination, message });
+        self.agent
+            .handle_packet(now, StunPacket { proto: Protocol::Udp, source, destination, message: *message });
     }
 
     /// A WireGuard message; an inner packet is handed to `deliver`. Returns false when it was no good.

@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::client::{Client, Flow};
 use super::config::{Command, Config};
+use super::core::{Client, Flow};
 use super::portal::Report;
 use super::tun::Tun;
+use super::udp::Inbox;
 
 /// Everything that can wake the loop besides sockets and time.
 pub(super) enum Input {
@@ -47,6 +48,7 @@ pub(super) fn run(config: Config) -> Result<()> {
     let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
     let inputs = Arc::new(Inputs { wake, sender: Mutex::new(sender) });
     let mut tun = Tun::open(&config.tun)?;
+    let mut inbox = Inbox::new();
     let mut client = Client::new(config, inputs.clone())?;
     read_commands(inputs.clone())?;
     loop {
@@ -63,7 +65,7 @@ pub(super) fn run(config: Config) -> Result<()> {
             }
         }
         if ready.udp {
-            client.read_udp(now, &mut tun)?;
+            client.read_udp(now, &mut inbox, &mut tun)?;
         }
         if ready.tun {
             client.read_tun(now, &mut tun)?;

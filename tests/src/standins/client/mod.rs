@@ -5,7 +5,7 @@
 //! life (`connection`) are written from the spec a second time.
 //!
 //! ```text
-//! eventloop -- client --+-- connection (per gateway): ICE agent, WireGuard, route
+//! eventloop -- core ----+-- connection (per gateway): ICE agent, WireGuard, route
 //!                       +-- net: sockets (udp), relays (turn), ChannelData
 //!                       +-- portal thread: WebSocket
 //!                       +-- tun, inner
@@ -13,9 +13,9 @@
 //!
 //! It never announces ICE-less, so a portal gives it plain ICE (connections.md section 1.1).
 
-mod client;
 mod config;
 mod connection;
+mod core;
 mod eventloop;
 mod ice;
 mod inner;
@@ -24,6 +24,7 @@ mod portal;
 mod tun;
 mod turn;
 mod udp;
+mod wire;
 
 use std::path::PathBuf;
 

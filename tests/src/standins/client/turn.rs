@@ -8,24 +8,17 @@
 //!     -> allocated: CHANNEL_BIND on demand, REFRESH at half life, BINDING every 25 s
 //! ```
 
+mod codec;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use stun_types::attribute::{
-    ErrorCode, MessageIntegrity, Nonce, Realm, Software, Username, XorMappedAddress,
-};
-use stun_types::message::{
-    BINDING, IntegrityAlgorithm, IntegrityKey, LongTermCredentials, Message, MessageClass,
-    MessageIntegrityCredentials, MessageType, MessageWrite as _, MessageWriteExt as _, MessageWriteVec,
-    Method, TransactionId,
-};
+use codec::{long_term_key, split_channel_data};
+use stun_types::attribute::{ErrorCode, MessageIntegrity, Nonce, Realm, XorMappedAddress};
+use stun_types::message::{IntegrityKey, Message, MessageClass, TransactionId};
 use stun_types::prelude::AttributeStaticType as _;
-use turn_types::AddressFamily;
-use turn_types::attribute::{
-    AdditionalAddressFamily, ChannelNumber, Lifetime, RequestedTransport, XorPeerAddress, XorRelayedAddress,
-};
-use turn_types::message::{ALLOCATE, CHANNEL_BIND, REFRESH};
+use turn_types::attribute::{Lifetime, XorRelayedAddress};
 use uuid::Uuid;
 
 /// The realm of every relay (section 4.1).
@@ -512,74 +505,16 @@ impl Allocation {
     }
 }
 
-impl Credentials {
-    /// The request's bytes, attributes in the order of sections 8.3, 8.5 and 8.7.
-    fn encode(&self, what: What, id: TransactionId) -> Vec<u8> {
-        let method: Method = match what {
-            What::Binding => BINDING,
-            What::Allocate => ALLOCATE,
-            What::Refresh { .. } => REFRESH,
-            What::Bind { .. } => CHANNEL_BIND,
-        };
-        let kind = MessageType::from_class_method(MessageClass::Request, method);
-        let mut message = Message::builder(kind, id, MessageWriteVec::new());
-        let mut add = |attribute: &dyn stun_types::prelude::AttributeWrite| {
-            message.add_attribute(attribute).expect("a request of a few hundred bytes has room for it");
-        };
-        if let What::Bind { number, peer } = what {
-            add(&XorPeerAddress::new(peer, id));
-            add(&ChannelNumber::new(number));
-        }
-        // Upstream sends both in REFRESH too; RFC 8656 knows them in ALLOCATE only, and coturn (which is known by wanting
-        // unsigned requests first) answers 420.
-        let like_allocate = matches!(what, What::Refresh { .. }) && !self.unsigned;
-        if what == What::Allocate || like_allocate {
-            add(&RequestedTransport::new(RequestedTransport::UDP));
-            add(&AdditionalAddressFamily::new(AddressFamily::IPV6));
-        }
-        add(&Software::new(&self.software).expect("our own name is short"));
-        if what == What::Binding {
-            return message.finish();
-        }
-        if what == (What::Refresh { keep: false }) {
-            add(&Lifetime::new(0));
-        }
-        if self.unsigned && self.nonce.is_none() {
-            return message.finish();
-        }
-        if let Ok(username) = Username::new(&self.username) {
-            add(&username);
-        }
-        add(&Realm::new(REALM).expect("the realm is short"));
-        if let Some(Ok(nonce)) = self.nonce.as_deref().map(Nonce::new) {
-            add(&nonce);
-        }
-        message
-            .add_message_integrity_with_key(&self.key, IntegrityAlgorithm::Sha1)
-            .expect("nothing follows the integrity");
-        message.finish()
-    }
-}
-
-/// `MD5(username ":" realm ":" password)` (RFC 8489 section 9.2.2).
-fn long_term_key(username: &str, password: &str) -> IntegrityKey {
-    let credentials = LongTermCredentials::new(username.to_owned(), password.to_owned());
-    MessageIntegrityCredentials::from(credentials.to_key(REALM.to_owned())).make_key(IntegrityAlgorithm::Sha1)
-}
-
-/// Number and payload when the length field equals the remaining bytes exactly (relay-dialect.md section 4).
-fn split_channel_data(datagram: &[u8]) -> Option<(u16, &[u8])> {
-    let (header, payload) = datagram.split_first_chunk::<4>()?;
-    let number = u16::from_be_bytes([header[0], header[1]]);
-    let length = u16::from_be_bytes([header[2], header[3]]);
-    (usize::from(length) == payload.len() && number >= FIRST_CHANNEL).then_some((number, payload))
-}
-
 /// Names a relay in the client's tables.
 pub(super) type RelayId = Uuid;
 
 #[cfg(test)]
 mod tests {
+    use stun_types::attribute::Username;
+    use stun_types::message::{IntegrityAlgorithm, MessageWrite as _, MessageWriteExt as _, MessageWriteVec};
+    use turn_types::attribute::{ChannelNumber, RequestedTransport};
+    use turn_types::message::CHANNEL_BIND;
+
     use super::*;
 
     const USERNAME: &str = "2145916800:QiROe5zpklma29jrJ0UbH/Waw1A2hHE+E8TxcaUVhTs";

@@ -21,7 +21,35 @@ pub(super) struct Udp {
     socket: std::net::UdpSocket,
     state: UdpSocketState,
     port: u16,
+}
+
+/// What one read brought. It is apart from the socket, so that handling a datagram may send.
+pub(super) struct Inbox {
     buffers: Vec<Vec<u8>>,
+    metas: [RecvMeta; BATCH_SIZE],
+    count: usize,
+    port: u16,
+}
+
+impl Inbox {
+    /// Room for one `recvmmsg` of GRO batches.
+    pub(super) fn new() -> Self {
+        let buffers = vec![vec![0; BUFFER]; BATCH_SIZE];
+        Self { buffers, metas: [RecvMeta::default(); BATCH_SIZE], count: 0, port: 0 }
+    }
+
+    /// Every datagram of the last read, cut out of its GRO batch.
+    pub(super) fn datagrams(&self) -> impl Iterator<Item = Datagram<'_>> {
+        let received = self.metas.iter().zip(&self.buffers).take(self.count);
+        received.filter_map(|(meta, buffer)| Some((meta, meta.dst_ip?, &buffer[..meta.len]))).flat_map(
+            |(meta, ip, bytes)| {
+                let local = SocketAddr::new(ip, self.port);
+                let congested = meta.ecn == Some(EcnCodepoint::Ce);
+                let cut = bytes.chunks(meta.stride.max(1));
+                cut.map(move |bytes| Datagram { from: meta.addr, local, congested, bytes })
+            },
+        )
+    }
 }
 
 /// A received datagram, cut out of its batch.
@@ -51,28 +79,24 @@ impl Udp {
         let _ = state.set_send_buffer_size(UdpSockRef::from(&socket), SOCKET_BUFFER);
         let socket: std::net::UdpSocket = socket.into();
         let port = socket.local_addr()?.port();
-        Ok(Self { socket, state, port, buffers: vec![vec![0; BUFFER]; BATCH_SIZE] })
+        Ok(Self { socket, state, port })
     }
 
-    /// Reads once; hands every datagram over. Returns false when there was nothing to read.
-    pub(super) fn read(&mut self, mut each: impl FnMut(Datagram<'_>)) -> io::Result<bool> {
-        let mut metas = [RecvMeta::default(); BATCH_SIZE];
-        let mut slices: Vec<_> = self.buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
-        let count = match self.state.recv(UdpSockRef::from(&self.socket), &mut slices, &mut metas) {
-            Ok(count) => count,
+    /// Reads once into `inbox`. Returns false when there was nothing to read.
+    pub(super) fn read(&self, inbox: &mut Inbox) -> io::Result<bool> {
+        inbox.count = 0;
+        let mut slices: [IoSliceMut<'_>; BATCH_SIZE] = {
+            let mut buffers = inbox.buffers.iter_mut();
+            std::array::from_fn(|_| IoSliceMut::new(buffers.next().map_or(&mut [], Vec::as_mut_slice)))
+        };
+        match self.state.recv(UdpSockRef::from(&self.socket), &mut slices, &mut inbox.metas) {
+            Ok(count) => inbox.count = count,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             // An ICMP error for something sent earlier; the next read works.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
             Err(error) => return Err(error),
-        };
-        for (meta, buffer) in metas.iter().zip(&self.buffers).take(count) {
-            let Some(ip) = meta.dst_ip else { continue };
-            let local = SocketAddr::new(ip, self.port);
-            let congested = meta.ecn == Some(EcnCodepoint::Ce);
-            for bytes in buffer[..meta.len].chunks(meta.stride.max(1)) {
-                each(Datagram { from: meta.addr, local, congested, bytes });
-            }
         }
+        inbox.port = self.port;
         Ok(true)
     }
 
@@ -143,7 +167,7 @@ impl Burst {
         fill: impl FnOnce(&mut Vec<u8>),
     ) {
         let key = Some((source, to, ecn));
-        let segments = if self.segment == 0 { 0 } else { self.bytes.len() / self.segment };
+        let segments = self.bytes.len().checked_div(self.segment).unwrap_or(0);
         let fits = self.key == key
             && !self.closed
             && datagram_len <= self.segment

@@ -190,6 +190,14 @@ fn request(portal: &Portal, topic: &str, version: &str, key: &str) -> Request<()
     let mut request = Request::builder()
         .uri(format!("{}{path}?{query}", portal.url()))
         .header("Host", "portal")
+        .header(
+            "User-Agent",
+            if topic == "gateway" {
+                "Debian/12.0.0 gateway/1.6.1"
+            } else {
+                "Debian/12.0.0 headless-client/1.5.12"
+            },
+        )
         .header("Connection", "Upgrade")
         .header("Upgrade", "websocket")
         .header("Sec-WebSocket-Version", "13")

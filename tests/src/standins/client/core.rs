@@ -1,10 +1,11 @@
 //! What a client does: log in, ask for resources, keep connections, move packets.
 //!
-//! Everything is called by `eventloop` with the current time; the order of the methods is the order in
-//! which a packet or message meets them.
+//! Everything is called by `eventloop` with the current time; packets are in `traffic`.
+
+mod traffic;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::{Packet, Tunn};
 use ipnet::IpNet;
 use is::IceCreds;
-use is::stun::StunMessage;
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedSender;
 use uuid::Uuid;
@@ -26,19 +23,17 @@ use super::config::{Command, Config, Event, Generation, Stats};
 use super::connection::{Connection, Grant, Identity};
 use super::eventloop::{Input, Inputs};
 use super::ice::{self, Local};
-use super::inner::{self, Meaning};
 use super::net::Net;
 use super::portal::{self, Order, Report};
-use super::tun::{HEADROOM, Tun};
-use super::turn::{Received, RelayId, Turn, TurnEvent};
-use super::udp::{Datagram, Sockets};
+use super::tun::Tun;
+use super::turn::{RelayId, Turn, TurnEvent};
+use super::udp::Sockets;
+use super::wire::{Candidates, Granted, Init, Presence, RelayEntry, WireCreds, key};
 
 /// A request waits this long for a relay before it is sent without one.
 const RELAY_PATIENCE: Duration = Duration::from_secs(5);
 /// The same resource is asked for again on demand after this long.
 const REQUEST_PAUSE: Duration = Duration::from_secs(2);
-/// Reads of one source per turn of the loop.
-const READS_PER_TURN: usize = 4;
 /// Packets kept per resource until it is granted.
 const WAITING_LIMIT: usize = 128;
 
@@ -74,63 +69,6 @@ struct Resource {
     requested: Option<Instant>,
     granted: Option<Uuid>,
     waiting: VecDeque<Vec<u8>>,
-}
-
-#[derive(Deserialize)]
-struct Init {
-    interface: Interface,
-    #[serde(default)]
-    resources: Vec<Value>,
-    #[serde(default)]
-    relays: Vec<RelayEntry>,
-}
-
-#[derive(Deserialize)]
-struct Interface {
-    ipv4: Ipv4Addr,
-    ipv6: Ipv6Addr,
-}
-
-#[derive(Clone, PartialEq, Deserialize)]
-struct RelayEntry {
-    id: RelayId,
-    #[serde(rename = "type")]
-    kind: String,
-    addr: SocketAddr,
-    #[serde(default)]
-    username: String,
-    #[serde(default)]
-    password: String,
-}
-
-#[derive(Deserialize)]
-struct Presence {
-    disconnected_ids: Vec<RelayId>,
-    connected: Vec<RelayEntry>,
-}
-
-#[derive(Deserialize)]
-struct Granted {
-    resource_id: Uuid,
-    gateway_id: Uuid,
-    gateway_public_key: String,
-    preshared_key: String,
-    client_ice_credentials: WireCreds,
-    gateway_ice_credentials: WireCreds,
-    #[serde(default)]
-    use_iceless: bool,
-}
-
-#[derive(Deserialize)]
-struct WireCreds {
-    username: String,
-    password: String,
-}
-
-#[derive(Deserialize)]
-struct Candidates {
-    gateway_id: Uuid,
-    candidates: Vec<Value>,
 }
 
 impl Client {
@@ -492,204 +430,6 @@ impl Client {
         }
     }
 
-    // ---- datagrams in -------------------------------------------------------------------------
-
-    /// Reads both sockets and writes what was in them to the TUN.
-    pub(super) fn read_udp(&mut self, now: Instant, tun: &mut Tun) -> Result<()> {
-        for v6 in [false, true] {
-            // Taken out, so that the datagrams in its buffers can be handled by the rest of us.
-            let sockets = &mut self.net.sockets;
-            let Some(mut socket) = (if v6 { sockets.v6.take() } else { sockets.v4.take() }) else { continue };
-            let mut batch = Vec::new();
-            let mut outcome = Ok(true);
-            for _ in 0..READS_PER_TURN {
-                outcome = socket.read(|datagram| batch.push(Owned::from(datagram)));
-                if !matches!(outcome, Ok(true)) {
-                    break;
-                }
-            }
-            let sockets = &mut self.net.sockets;
-            *(if v6 { &mut sockets.v6 } else { &mut sockets.v4 }) = Some(socket);
-            outcome?;
-            for datagram in &batch {
-                self.handle_datagram(datagram, now);
-            }
-        }
-        let count = std::mem::take(&mut self.decrypted_count);
-        if count > 0
-            && let Err(error) = tun.write(&mut self.decrypted[..count])
-        {
-            self.stats.dropped += 1;
-            emit(Event::Error { message: format!("writing to the TUN: {error}") });
-        }
-        Ok(())
-    }
-
-    fn handle_datagram(&mut self, datagram: &Owned, now: Instant) {
-        let (from, local) = (datagram.from, datagram.local);
-        let Some(relay) = self.net.relay_by_server(from) else {
-            return self.handle_peer(&datagram.bytes, from, local, datagram.congested, now);
-        };
-        let Some(turn) = self.net.relays.get_mut(&relay) else { return };
-        match turn.handle(local, &datagram.bytes, now) {
-            Received::Control => {}
-            Received::Dropped => self.stats.dropped += 1,
-            Received::Data { peer, relayed, payload } => {
-                self.stats.rx_channel_data += 1;
-                let payload = payload.to_vec();
-                self.handle_peer(&payload, peer, relayed, datagram.congested, now);
-            }
-        }
-    }
-
-    /// STUN or WireGuard, from a gateway's candidate to one of ours.
-    fn handle_peer(&mut self, bytes: &[u8], from: SocketAddr, to: SocketAddr, congested: bool, now: Instant) {
-        if let Ok(message) = StunMessage::parse(bytes) {
-            match self.connections.values_mut().find(|c| c.accepts(&message)) {
-                Some(connection) => connection.handle_stun(message, from, to, now),
-                None => self.stats.dropped += 1,
-            }
-            return;
-        }
-        let gateway = match Tunn::parse_incoming_packet(bytes) {
-            Ok(Packet::HandshakeInit(init)) => {
-                let half = parse_handshake_anon(&self.identity.private, &self.identity.public, &init).ok();
-                half.and_then(|half| {
-                    self.connections
-                        .values()
-                        .find(|c| c.grant.gateway_key == half.peer_static_public)
-                        .map(|c| c.grant.gateway)
-                })
-            }
-            Ok(Packet::HandshakeResponse(p)) => self.by_index.get(&(p.receiver_idx >> 8)).copied(),
-            Ok(Packet::PacketCookieReply(p)) => self.by_index.get(&(p.receiver_idx >> 8)).copied(),
-            Ok(Packet::PacketData(p)) => self.by_index.get(&(p.receiver_idx >> 8)).copied(),
-            Err(_) => None,
-        };
-        match gateway {
-            Some(gateway) => self.decrypt(gateway, bytes, congested, now),
-            None => self.stats.dropped += 1,
-        }
-    }
-
-    fn decrypt(&mut self, gateway: Uuid, bytes: &[u8], congested: bool, now: Instant) {
-        let Some(connection) = self.connections.get_mut(&gateway) else { return };
-        if self.decrypted_count == self.decrypted.len() {
-            self.decrypted.push(Vec::new());
-        }
-        let buffer = &mut self.decrypted[self.decrypted_count];
-        buffer.resize(HEADROOM + bytes.len().max(256), 0);
-        let mut length = None;
-        let good = connection
-            .handle_wireguard(bytes, &mut buffer[HEADROOM..], &mut self.net, now, |n| length = Some(n));
-        if !good {
-            self.stats.dropped += 1;
-        }
-        let Some(length) = length else { return };
-        buffer.truncate(HEADROOM + length);
-        let packet = &mut buffer[HEADROOM..];
-        if congested {
-            inner::mark_congestion(packet);
-        }
-        self.stats.rx_packets += 1;
-        self.stats.rx_bytes += length as u64;
-        self.stats.rx_ce += u64::from(inner::ecn(packet) == 3);
-        match inner::meaning(packet) {
-            Meaning::Ordinary => self.decrypted_count += 1,
-            Meaning::Prohibited(dst) => {
-                self.decrypted_count += 1;
-                emit(Event::IcmpProhibited { dst });
-                if self.config.on_demand {
-                    self.request_again(dst, now);
-                }
-            }
-            Meaning::Unreachable(dst) => {
-                self.decrypted_count += 1;
-                emit(Event::IcmpUnreachable { dst });
-            }
-            Meaning::Goodbye => {
-                emit(Event::Goodbye { gateway });
-                self.close(gateway, "goodbye");
-            }
-            Meaning::Control => {}
-        }
-    }
-
-    /// "My authorization is gone" (packets.md section 4.5).
-    fn request_again(&mut self, dst: IpAddr, now: Instant) {
-        if let Some(id) = self.resource_for(dst)
-            && let Some(resource) = self.resources.get_mut(&id)
-            && resource.requested.is_none_or(|at| now >= at + REQUEST_PAUSE)
-        {
-            resource.granted = None;
-            resource.requested = Some(now);
-            self.deferred.push((id, now));
-        }
-    }
-
-    // ---- packets out --------------------------------------------------------------------------
-
-    /// Reads the TUN and encrypts what was in it.
-    pub(super) fn read_tun(&mut self, now: Instant, tun: &mut Tun) -> Result<()> {
-        for _ in 0..READS_PER_TURN {
-            if !tun.read(|packet| self.handle_packet(packet, now))? {
-                break;
-            }
-        }
-        self.net.flush();
-        Ok(())
-    }
-
-    fn handle_packet(&mut self, packet: &mut [u8], now: Instant) {
-        let Some(dst) = inner::destination(packet) else { return };
-        if let Some(source) = self.config.spoof_source {
-            inner::set_source(packet, source);
-        }
-        let resource = self.resource_for(dst);
-        let granted = resource.and_then(|id| self.resources.get(&id)?.granted);
-        if let Some(id) = resource
-            && granted.is_none()
-            && let Some(known) = self.resources.get_mut(&id)
-        {
-            let asked = known.requested.is_some();
-            if asked || self.config.on_demand {
-                if known.waiting.len() == WAITING_LIMIT {
-                    known.waiting.pop_front();
-                }
-                known.waiting.push_back(packet.to_vec());
-                if known.requested.is_none_or(|at| self.config.on_demand && now >= at + REQUEST_PAUSE) {
-                    known.requested = Some(now);
-                    self.deferred.push((id, now));
-                }
-                return;
-            }
-        }
-        // Without a grant the gateway shall be the one to refuse it, if there is a gateway.
-        let connection = match granted {
-            Some(gateway) => self.connections.get_mut(&gateway),
-            None => self.connections.values_mut().find(|c| c.is_established()),
-        };
-        match connection {
-            Some(connection) => {
-                self.stats.tx_packets += 1;
-                self.stats.tx_bytes += packet.len() as u64;
-                connection.send(packet, &mut self.net, now);
-            }
-            None => self.stats.dropped += 1,
-        }
-    }
-
-    /// The most specific resource that covers this address; among equals a granted one.
-    fn resource_for(&self, dst: IpAddr) -> Option<Uuid> {
-        self.resources
-            .iter()
-            .filter_map(|(id, r)| {
-                r.network.filter(|n| n.contains(&dst)).map(|n| (n.prefix_len(), r.granted.is_some(), *id))
-            })
-            .max()
-            .map(|(_, _, id)| id)
-    }
-
     // ---- time ---------------------------------------------------------------------------------
 
     /// Lets everything act whose time has come.
@@ -750,20 +490,6 @@ impl Client {
     }
 }
 
-/// A datagram copied out of its socket's buffer.
-struct Owned {
-    from: SocketAddr,
-    local: SocketAddr,
-    congested: bool,
-    bytes: Vec<u8>,
-}
-
-impl From<Datagram<'_>> for Owned {
-    fn from(d: Datagram<'_>) -> Self {
-        Self { from: d.from, local: d.local, congested: d.congested, bytes: d.bytes.to_vec() }
-    }
-}
-
 fn host_candidates(net: &Net) -> impl Iterator<Item = Local> + '_ {
     net.relays.values().flat_map(Turn::mapped).map(|(host, _)| Local::Host(host))
 }
@@ -778,11 +504,6 @@ fn relayed_candidates(net: &Net, relay: RelayId) -> impl Iterator<Item = Local> 
         let local = turn.local();
         turn.relayed().iter().filter_map(move |addr| Some(Local::Relayed { addr: *addr, local: local? }))
     })
-}
-
-fn key(text: &str) -> Result<[u8; 32]> {
-    let bytes = STANDARD.decode(text)?;
-    <[u8; 32]>::try_from(bytes).map_err(|bytes| anyhow::anyhow!("a key has 32 bytes, not {}", bytes.len()))
 }
 
 /// One line on stdout; the runner may have gone, then nobody needs it.
