@@ -146,7 +146,14 @@ fn leave_and_come_again(cx: &Context, lab: &mut Lab) -> Result<()> {
     wait_for("the portal to see the client go", Duration::from_secs(5), || {
         Ok(lab.portal.online(Role::Client).is_empty().then_some(()))
     })?;
-    lab.clients.push(Client::start(cx, 0, &lab.portal.url(), &lab.client_token, Generation::Head)?);
+    lab.clients.push(Client::start_on_port(
+        52626,
+        cx,
+        0,
+        &lab.portal.url(),
+        &lab.client_token,
+        Generation::Head,
+    )?);
     lab.clients[0].wait_joined(Duration::from_secs(5))?;
     lab.clients[0].wait_relay(Duration::from_secs(5))
 }

@@ -20,6 +20,9 @@ use crate::{
 /// The interface that a client makes in its namespace.
 pub const INTERFACE: &str = "tun-client";
 
+/// A client's UDP port if nobody says another.
+const PORT: u16 = 52625;
+
 /// A running client.
 pub struct Client {
     process: Process,
@@ -35,9 +38,25 @@ impl Client {
     /// # Errors
     /// If the process cannot be started.
     pub fn start(cx: &Context, index: usize, url: &str, token: &str, generation: Generation) -> Result<Self> {
+        Self::start_on_port(PORT, cx, index, url, token, generation)
+    }
+
+    /// The same on another UDP port: coturn keeps the allocation of a client that left for a while, and would refuse the
+    /// same address and port to a client with other credentials.
+    ///
+    /// # Errors
+    /// If the process cannot be started.
+    pub fn start_on_port(
+        port: u16,
+        cx: &Context,
+        index: usize,
+        url: &str,
+        token: &str,
+        generation: Generation,
+    ) -> Result<Self> {
         let name = Self::name(index);
         let file = cx.logs.file(&format!("{name}.json"));
-        let config = Config { generation, tun: INTERFACE.to_owned(), ..Config::new(url, token, &name) };
+        let config = Config { generation, port, tun: INTERFACE.to_owned(), ..Config::new(url, token, &name) };
         std::fs::write(&file, serde_json::to_string(&config)?)?;
         let program = std::env::current_exe()?.display().to_string();
         let command = vec![program, "client".to_owned(), "--config".to_owned(), file.display().to_string()];

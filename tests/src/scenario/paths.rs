@@ -105,28 +105,37 @@ pub(super) fn relay_arrives_late(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
-/// The client's network changes: new key, new login, new sockets.
+/// The client's network changes: new address, new key, new login.
 pub(super) fn client_roams(cx: &mut Context) -> Result<()> {
-    comes_again(cx, &Command::Roam)
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    http_both(client)?;
+    for (old, new) in [(2, 3), (3, 4)] {
+        client.ip_batch(&[
+            format!("addr del 192.0.2.{old}/26 dev eth0"),
+            format!("addr add 192.0.2.{new}/26 dev eth0"),
+            "route replace default via 192.0.2.1".to_owned(),
+        ])?;
+        lab.clients[0].forget_events();
+        lab.clients[0].command(&Command::Roam)?;
+        lab.clients[0].wait_joined(5 * SECOND)?;
+        lab.clients[0].wait_relay(5 * SECOND)?;
+        lab.connect(0, &[lan4(), lan6()])?;
+        http_both(client)?;
+    }
+    lab.finish()
 }
 
 /// The client dies without a word and comes again while the gateway still believes in the old connection.
 pub(super) fn client_vanishes(cx: &mut Context) -> Result<()> {
-    comes_again(cx, &Command::Vanish)
-}
-
-fn comes_again(cx: &Context, how: &Command) -> Result<()> {
     let mut lab = Lab::start(cx, &Options::default())?;
     lab.connect(0, &[lan4(), lan6()])?;
     let client = &cx.topology.clients[0].namespace;
     http_both(client)?;
     for _ in 0..2 {
         lab.clients[0].forget_events();
-        lab.clients[0].command(how)?;
-        if matches!(how, Command::Roam) {
-            lab.clients[0].wait_joined(5 * SECOND)?;
-            lab.clients[0].wait_relay(5 * SECOND)?;
-        }
+        lab.clients[0].command(&Command::Vanish)?;
         lab.connect(0, &[lan4(), lan6()])?;
         http_both(client)?;
     }
