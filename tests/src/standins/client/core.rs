@@ -155,7 +155,7 @@ impl Client {
 
     /// connections.md section 5.3: everything anew, with a new key.
     fn roam(&mut self, now: Instant) {
-        self.release_relays(now);
+        // Nothing is released: from the new address the relays would not know whose allocations are meant.
         self.net.relays.clear();
         self.relay_entries.clear();
         self.identity = Identity::generate();
