@@ -230,10 +230,9 @@ impl Twin {
         let named = message.attribute::<Username>().is_ok_and(|name| name.username() == self.username);
         let signed = message.has_attribute(MessageIntegrity::TYPE);
         // What coturn 4.6 looks at before the credentials.
-        if self.flavor == Flavor::Coturn && message.method() == ALLOCATE && nonce.is_none() {
-            if self.allocations.contains_key(&client) {
-                return Some(self.error(message, 437).finish_plain(self.flavor));
-            }
+        let first = message.method() == ALLOCATE && nonce.is_none();
+        if self.flavor == Flavor::Coturn && first && self.allocations.contains_key(&client) {
+            return Some(self.error(message, 437).finish_plain(self.flavor));
         }
         let challenge = match &nonce {
             None if signed && self.flavor == Flavor::Coturn => {
