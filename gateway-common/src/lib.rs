@@ -8,6 +8,7 @@ extern crate std;
 
 pub mod bytes;
 pub mod channel_data;
+pub mod checksum;
 pub mod classify;
 pub mod drop_reason;
 pub mod frame;

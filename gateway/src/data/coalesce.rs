@@ -19,11 +19,10 @@ use std::{
 };
 
 use arrayvec::ArrayVec;
-use gateway_common::{Counters, DropReason};
+use gateway_common::{Counters, DropReason, checksum};
 use rustc_hash::FxHashMap;
 
 use super::{
-    checksum,
     headers::{Layout, PSH, TCP_FLAGS, Transport},
     merge::{Flow, Open, begins, continues},
     virtio::{self, Header},

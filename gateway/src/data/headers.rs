@@ -3,7 +3,7 @@
 //! Only what offload can carry parses: TCP or UDP directly on IPv4 without options or fragments, or on IPv6 without
 //! extension headers. Everything else is passed on as it is; whether it is acceptable is the worker's business.
 
-use super::checksum;
+use gateway_common::checksum;
 
 /// Offset of the TCP checksum field within the TCP header.
 pub const TCP_CHECKSUM: usize = 16;

@@ -16,7 +16,6 @@ pub mod interface;
 pub mod lock;
 pub mod sysctl;
 
-mod checksum;
 mod coalesce;
 mod gso;
 mod headers;

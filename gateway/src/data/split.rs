@@ -5,11 +5,10 @@
 
 use std::io;
 
-use gateway_common::{Counters, DropReason};
+use gateway_common::{Counters, DropReason, checksum};
 use gateway_proto::addr::MAX_INNER;
 
 use super::{
-    checksum,
     headers::{CWR, FIN, Layout, PSH, TCP_FLAGS, Transport, be16, be32},
     virtio::{self, Header},
 };

@@ -4,8 +4,8 @@
 //! packet carries the inner codepoint. Nothing is ever cleared, ECT(0) and ECT(1) are never swapped, DSCP is not
 //! copied.
 
-use super::checksum;
 use crate::Ecn;
+use gateway_common::checksum;
 
 /// The codepoint of a valid IP packet.
 #[inline]
@@ -28,11 +28,10 @@ pub fn merge(outer: Ecn, packet: &mut [u8]) {
         return;
     }
     let Some(header) = packet.first_chunk_mut::<20>() else { return };
-    let old = u16::from_be_bytes([header[0], header[1]]);
+    let old = [header[0], header[1]];
     header[1] |= 3;
-    let new = u16::from_be_bytes([header[0], header[1]]);
-    let checksum = checksum::replace(u16::from_be_bytes([header[10], header[11]]), old, new);
-    header[10..12].copy_from_slice(&checksum.to_be_bytes());
+    let checksum = checksum::replace([header[10], header[11]], old, [header[0], header[1]]);
+    header[10..12].copy_from_slice(&checksum);
 }
 
 #[cfg(test)]
@@ -54,13 +53,13 @@ mod tests {
             let mut v4 = [0u8; 20];
             v4[0] = 0x45;
             v4[1] = 0xb8 | inner as u8;
-            let whole = |p: &[u8]| checksum::finish(checksum::sum(0, p));
+            let whole = |p: &[u8]| checksum::finish(checksum::sum(p));
             let c = whole(&v4);
-            v4[10..12].copy_from_slice(&c.to_be_bytes());
+            v4[10..12].copy_from_slice(&c);
             merge(outer, &mut v4);
             assert_eq!(of(&v4), expect, "v4 {outer:?} over {inner:?}");
             assert_eq!(v4[1] & 0xfc, 0xb8, "DSCP stays");
-            assert_eq!(whole(&v4), 0, "the header checksum still holds");
+            assert_eq!(whole(&v4), [0, 0], "the header checksum still holds");
 
             let mut v6 = [0u8; 40];
             v6[0] = 0x6b;

@@ -3,7 +3,9 @@
 
 use std::net::IpAddr;
 
-use super::{checksum, inner::Inner};
+use gateway_common::checksum;
+
+use super::inner::Inner;
 use crate::addr::MAX_INNER;
 
 /// Which answer: the client reads them differently.
@@ -39,8 +41,8 @@ pub fn deny(denial: Denial, packet: &[u8], inner: &Inner, out: &mut [u8; MAX_INN
             header[9] = 1;
             header[12..16].copy_from_slice(&dst.octets());
             header[16..20].copy_from_slice(&src.octets());
-            let sum = checksum::finish(checksum::sum(0, header));
-            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            let sum = checksum::finish(checksum::sum(header));
+            header[10..12].copy_from_slice(&sum);
             let code = match denial {
                 Denial::Prohibited => 13,
                 Denial::Unreachable => 0,
@@ -60,7 +62,8 @@ pub fn deny(denial: Denial, packet: &[u8], inner: &Inner, out: &mut [u8; MAX_INN
             header[8..24].copy_from_slice(&dst.octets());
             header[24..40].copy_from_slice(&src.octets());
             // RFC 8200 section 8.1: addresses, length, next header.
-            let pseudo = checksum::sum(u32::from(u16::from_be_bytes(be16(length))) + 58, &header[8..40]);
+            let pseudo =
+                checksum::pseudo_header(&header[8..40], 58, u16::from_be_bytes([header[4], header[5]]));
             let code = match denial {
                 Denial::Prohibited => 1,
                 Denial::Unreachable => 3,
@@ -73,13 +76,13 @@ pub fn deny(denial: Denial, packet: &[u8], inner: &Inner, out: &mut [u8; MAX_INN
     }
 }
 
-fn message(kind: u8, code: u8, body: &[u8], pseudo: u32, out: &mut [u8]) {
+fn message(kind: u8, code: u8, body: &[u8], pseudo: u64, out: &mut [u8]) {
     out[..HEADER_ICMP].fill(0);
     out[0] = kind;
     out[1] = code;
     out[HEADER_ICMP..].copy_from_slice(body);
-    let sum = checksum::finish(checksum::sum(pseudo, out));
-    out[2..4].copy_from_slice(&sum.to_be_bytes());
+    let sum = checksum::finish(pseudo + checksum::sum(out));
+    out[2..4].copy_from_slice(&sum);
 }
 
 fn be16(length: usize) -> [u8; 2] {

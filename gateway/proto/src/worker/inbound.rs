@@ -12,8 +12,9 @@ use gateway_common::DropReason;
 use super::{
     inner::{self, Transport},
     outbound::Own,
-    peers::{Peers, Slot},
+    peers::Peers,
     policy::{Class, Decision},
+    slot::Slot,
 };
 use crate::addr;
 

@@ -16,7 +16,6 @@
 //! Every input is counted exactly once: in [`Counters`] if it was dropped, in [`Traffic`] if it was not.
 
 mod bucket;
-mod checksum;
 mod control_packet;
 mod demux;
 mod ecn;
@@ -30,6 +29,7 @@ mod peer;
 mod peers;
 mod policy;
 mod send;
+mod slot;
 #[cfg(test)]
 mod testkit;
 #[cfg(test)]
@@ -52,7 +52,8 @@ use self::{
     handshake::{Admission, COOKIE_REPLY, Gate},
     outbound::{Own, Verdict},
     peer::Peer,
-    peers::{Peers, Slot},
+    peers::Peers,
+    slot::Slot,
     wg::{Act, HANDSHAKE_MAX},
     wheel::{CALM, Wheel},
 };

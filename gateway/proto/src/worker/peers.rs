@@ -7,15 +7,11 @@ use std::{
 
 use rustc_hash::FxHashMap;
 
-use super::peer::Peer;
+use super::{peer::Peer, slot::Slot};
 use crate::{
     command::Path,
     ids::{ClientId, ConnectionIndex},
 };
-
-/// A client's place in [`Peers`]. Places are used again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Slot(pub u32);
 
 /// All clients.
 #[derive(Default)]

@@ -7,12 +7,12 @@ use std::{
 };
 
 use boringtun::noise::{Tunn, TunnResult};
-use gateway_common::{DropReason, channel_data};
+use gateway_common::{DropReason, channel_data, checksum};
 use uuid::Uuid;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::{Config, Worker, checksum};
+use super::{Config, Worker};
 use crate::{
     ClientId, Command, ConnectionIndex, Datagram, Ecn, ResourceId, Route, Sink, WorkerEvent,
     addr::TunnelAddrs,
@@ -360,8 +360,8 @@ pub fn ip(src: &str, dst: &str, protocol: u8, payload: &[u8]) -> Vec<u8> {
             header[2..4].copy_from_slice(&be16(20 + payload.len()));
             header.extend_from_slice(&src.octets());
             header.extend_from_slice(&dst.octets());
-            let sum = checksum::finish(checksum::sum(0, &header));
-            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            let sum = checksum::finish(checksum::sum(&header));
+            header[10..12].copy_from_slice(&sum);
             header
         }
         (IpAddr::V6(src), IpAddr::V6(dst)) => {
@@ -408,8 +408,8 @@ pub fn marked(mut packet: Vec<u8>, ecn: Ecn) -> Vec<u8> {
     }
     packet[1] |= ecn as u8;
     packet[10..12].fill(0);
-    let sum = checksum::finish(checksum::sum(0, &packet[..20]));
-    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    let sum = checksum::finish(checksum::sum(&packet[..20]));
+    packet[10..12].copy_from_slice(&sum);
     packet
 }
 

@@ -11,7 +11,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::peers::Slot;
+use super::slot::Slot;
 
 /// The length of a tick: how often an open handshake is looked at.
 pub const TICK: Duration = Duration::from_millis(250);
