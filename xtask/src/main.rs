@@ -7,6 +7,7 @@ mod build_ebpf;
 mod demo;
 mod run;
 mod setup;
+mod tally;
 mod test;
 mod tidy;
 mod toolchain;

@@ -3,8 +3,6 @@
 //! A step that cannot run is counted as skipped and says why; a step whose foundation failed likewise. Nothing here
 //! knows what is tested: a step is a command, and [`tally`] counts what it reports.
 
-pub mod tally;
-
 use std::{
     process::{Command, ExitCode},
     time::{Duration, Instant},
@@ -12,8 +10,11 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{build_ebpf, run, setup, tidy};
-use tally::Tally;
+use crate::{
+    build_ebpf, run, setup,
+    tally::{self, Tally},
+    tidy,
+};
 
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]

@@ -3,6 +3,7 @@
 //! Each check gives a list of complaints; an empty list is a pass. It reads sources as text, because it may depend on
 //! none of our crates.
 
+mod commands;
 mod dependencies;
 mod docs;
 mod maps;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::test::tally::Tally;
+use crate::tally::Tally;
 
 /// What must hold, and who looks.
 type Check = (&'static str, fn() -> Result<Vec<String>>);
@@ -22,6 +23,8 @@ const CHECKS: &[Check] = &[
     ("each crate has only the direct dependencies it may have", dependencies::unexpected),
     ("every .rs file says at its top what it is", sources::without_doc),
     ("links and paths in the documents lead to something", docs::dead_links),
+    ("every `cargo xtask` command in the documents exists", commands::unknown_subcommands),
+    ("the daemon knows the flags and variables in README.md", commands::unknown_options),
     ("the map table in README.md is the list in gateway-common", maps::table_differs),
 ];
 
