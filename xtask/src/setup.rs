@@ -14,22 +14,19 @@ use crate::{
 
 /// Debian package, a program in it by which it is recognised, what we use it for.
 const PROGRAMS: &[(&str, &str, &str)] = &[
+    ("bind9-dnsutils", "dig", "DNS questions through the tunnel"),
     ("bpftool", "bpftool", "the BPF object test"),
     ("coturn", "turnserver", "the relay of the test network"),
     ("curl", "curl", "HTTP through the tunnel"),
     ("dnsmasq-base", "dnsmasq", "the DNS server of the test network"),
-    ("dnsutils", "dig", "DNS questions through the tunnel"),
-    ("ethtool", "ethtool", "offloads of the test network's interfaces"),
     ("iperf3", "iperf3", "throughput"),
     ("iproute2", "ip", "network namespaces"),
-    ("iptables", "iptables", "masquerading as operators do it"),
     ("iputils-ping", "ping", "ping through the tunnel"),
-    ("libcap2-bin", "setcap", "the daemon as another user than root"),
     ("nftables", "nft", "NAT of the test network"),
     ("nginx-light", "nginx", "the HTTP server of the test network"),
-    ("procps", "sysctl", "what processes do, kernel settings"),
-    ("tcpdump", "tcpdump", "looking at the wire"),
     ("util-linux", "nsenter", "entering namespaces"),
+    ("util-linux", "setpriv", "processes that end with their test"),
+    ("util-linux", "unshare", "the BPF object test"),
 ];
 
 /// Their packages start these at installation and at every boot; the tests start their own in namespaces.
