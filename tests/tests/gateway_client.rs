@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ChildStdin;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -43,7 +44,11 @@ fn nov25_client_reaches_a_gateway_through_its_relay() {
     reach(plan, Generation::Nov25, &[Path::Relayed]);
 }
 
+/// Namespaces are named after the process: one topology at a time in each.
+static TOPOLOGY: Mutex<()> = Mutex::new(());
+
 fn reach(plan: Plan, generation: Generation, paths: &[Path]) {
+    let _alone = TOPOLOGY.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(reason) = cannot_run() {
         eprintln!("skipped: {reason}");
         return;
