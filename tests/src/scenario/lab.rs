@@ -30,6 +30,10 @@ use crate::{
 /// Where the portal listens.
 const PORTAL_PORT: u16 = 8081;
 
+/// How long one step of a set-up may take. A lost TURN request is repeated after 1 s, a lost WireGuard handshake
+/// message only after 5 s and a bit, and on a lossy path two may be lost.
+pub const PATIENCE: Duration = Duration::from_secs(15);
+
 /// The name the gateway connects under.
 pub const GATEWAY_NAME: &str = "lab-gateway";
 
@@ -139,7 +143,7 @@ impl Lab {
         let (gateway_token, client_token) = (config.gateway_token.clone(), config.client_token.clone());
         let portal = Portal::start(Some(&topology.portal.namespace.path()), config)?;
         let gateway = start_gateway(cx, "gateway", &gateway_token, &portal.url(), options.rust_log)?;
-        portal.wait_online(Role::Gateway, 1, Duration::from_secs(5))?;
+        portal.wait_online(Role::Gateway, 1, PATIENCE)?;
         let mut lab = Self {
             clients: Vec::new(),
             gateway,
@@ -155,9 +159,9 @@ impl Lab {
             lab.clients.push(client);
         }
         for client in &mut lab.clients {
-            client.wait_joined(Duration::from_secs(5))?;
+            client.wait_joined(PATIENCE)?;
             if !options.hold_relays {
-                client.wait_relay(Duration::from_secs(5))?;
+                client.wait_relay(PATIENCE)?;
             }
         }
         Ok(lab)
@@ -172,9 +176,9 @@ impl Lab {
             self.clients[index].request(resource.id)?;
         }
         for resource in resources {
-            self.clients[index].wait_authorized(resource.id, Duration::from_secs(5))?;
+            self.clients[index].wait_authorized(resource.id, PATIENCE)?;
         }
-        self.clients[index].wait_established(Duration::from_secs(5))
+        self.clients[index].wait_established(PATIENCE)
     }
 
     /// The id of client `index` at the portal.

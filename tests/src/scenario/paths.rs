@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{
     Context,
-    lab::{GATEWAY_NAME, Lab, Options, curl, http_both, lan4, lan6, ping_both},
+    lab::{GATEWAY_NAME, Lab, Options, PATIENCE, curl, http_both, lan4, lan6, ping_both},
 };
 use crate::{
     net::{topology::Plan, wire::Link},
@@ -96,10 +96,10 @@ pub(super) fn relay_arrives_late(cx: &mut Context) -> Result<()> {
     let offered = lab.portal.mark();
     lab.portal.hold_relays(false);
     lab.portal
-        .wait_since(offered, 2 * SECOND, |entry| entry.from_gateway("authorization_created"))
+        .wait_since(offered, 8 * SECOND, |entry| entry.from_gateway("authorization_created"))
         .context("the parked authorization")?;
     // The client may have heard of it before it had an allocation of its own; then it asks again.
-    lab.clients[0].wait_relay(5 * SECOND)?;
+    lab.clients[0].wait_relay(PATIENCE)?;
     lab.connect(0, &[lan4(), lan6()])?;
     http_both(&cx.topology.clients[0].namespace)?;
     lab.finish()
@@ -119,8 +119,8 @@ pub(super) fn client_roams(cx: &mut Context) -> Result<()> {
         ])?;
         lab.clients[0].forget_events();
         lab.clients[0].command(&Command::Roam)?;
-        lab.clients[0].wait_joined(5 * SECOND)?;
-        lab.clients[0].wait_relay(5 * SECOND)?;
+        lab.clients[0].wait_joined(PATIENCE)?;
+        lab.clients[0].wait_relay(PATIENCE)?;
         lab.connect(0, &[lan4(), lan6()])?;
         http_both(client)?;
     }

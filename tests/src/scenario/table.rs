@@ -59,7 +59,7 @@ pub static SCENARIOS: &[Scenario] = &[
     ),
     scenario("the client's network changes", direct::plan, 30, paths::client_roams),
     scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
-    scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 30, paths::lossy),
+    scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 60, paths::lossy),
     scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes),
     scenario(
         "relayed: TCP, 100 MB each way, same checksum",
