@@ -509,6 +509,8 @@ impl Control {
 }
 
 #[cfg(test)]
+mod replay;
+#[cfg(test)]
 mod sim;
 #[cfg(test)]
 mod tests;

@@ -75,6 +75,8 @@ pub(crate) struct Twin {
     nonces: HashMap<SocketAddr, String>,
     allocations: HashMap<SocketAddr, Granted>,
     rng: StdRng,
+    /// The next allocation's.
+    port: Option<u16>,
     /// What it grants.
     pub(crate) lifetime: Duration,
     /// Answers nothing at all.
@@ -107,6 +109,7 @@ impl Twin {
             nonces: HashMap::new(),
             allocations: HashMap::new(),
             rng: StdRng::seed_from_u64(seed),
+            port: None,
             lifetime: CHANNEL_LIFETIME,
             deaf: false,
             refuse: None,
@@ -139,6 +142,15 @@ impl Twin {
 
     pub(crate) fn set_password(&mut self, password: &str) {
         self.password = password.into();
+    }
+
+    pub(crate) fn set_credentials(&mut self, username: &str, password: &str) {
+        (self.username, self.password) = (username.into(), password.into());
+    }
+
+    /// The next allocation gets this port.
+    pub(crate) fn grant_port(&mut self, port: u16) {
+        self.port = Some(port);
     }
 
     /// Is it one of its server addresses or of the addresses it granted?
@@ -247,7 +259,7 @@ impl Twin {
             self.sins.push("an unauthenticated request".into());
         }
         if let Some(code) = challenge {
-            let fresh = format!("{:032x}", self.rng.random::<u128>());
+            let fresh = uuid::Uuid::from_u128(self.rng.random()).to_string();
             let nonce = self.nonces.entry(client).or_insert(fresh).clone();
             let mut answer = self.error(message, code);
             put(&mut answer, &Realm::new(REALM).unwrap());
@@ -298,7 +310,7 @@ impl Twin {
         let both =
             message.attribute::<AdditionalAddressFamily>().is_ok_and(|f| f.family() == AddressFamily::IPV6);
         let port = loop {
-            let port = self.rng.random_range(49_152..=65_535);
+            let port = self.port.take().unwrap_or_else(|| self.rng.random_range(49_152..=65_535));
             if !self.allocations.values().any(|g| g.relayed.iter().any(|addr| addr.port() == port)) {
                 break port;
             }
