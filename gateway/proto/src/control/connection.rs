@@ -208,14 +208,19 @@ impl Connection {
             // authorization; the agent would pair none of them and keep them all.
             let redundant =
                 kind != CandidateKind::Host && self.signalled.contains(&(CandidateKind::Host, addr));
-            if !redundant {
+            // One of a family we have no address of is paired with nothing, so the agent would keep every copy.
+            let waits = self.signalled.contains(&(kind, addr))
+                && !self.agent.local_candidates().any(|c| c.addr().is_ipv4() == addr.is_ipv4());
+            if !redundant && !waits {
                 if self.lines_left == 0 {
                     debug!(client = %self.client, "Too many remote candidates, ignoring the rest");
                     return;
                 }
-                self.lines_left -= 1;
+                let before = self.agent.remote_candidates().count();
                 debug!(client = %self.client, ?candidate, "Remote candidate");
                 self.agent.add_remote_candidate(candidate);
+                // A client repeats its lines with every authorization; the agent keeps few of them twice.
+                self.lines_left -= usize::from(self.agent.remote_candidates().count() > before);
             }
             if !self.signalled.contains(&(kind, addr)) {
                 self.signalled.push((kind, addr));

@@ -160,6 +160,28 @@ fn repeated_and_withdrawn_candidates_cannot_fill_our_memory() {
 }
 
 #[test]
+fn lines_repeated_with_every_authorization_do_not_use_the_bound_up() {
+    let mut world = settled();
+    world.authorize(1);
+    let client = world.client.id;
+    let mut says = |lines: &[&str]| {
+        let lines = lines.iter().map(|&line| line.to_owned()).collect();
+        let now = world.now;
+        world.gateway.handle_ingress(Ingress::IceCandidates(client, lines), now);
+        world.gateway.connection(client).unwrap().remotes()
+    };
+    let repeated = [
+        "candidate:1 1 udp 2130706175 192.0.2.2 52625 typ host ufrag o7vl",
+        "candidate:2 1 udp 2130706431 2001:db8:1::2 52625 typ host ufrag o7vl",
+        "candidate:3 1 udp 37748479 203.0.113.1 5000 typ relay raddr 0.0.0.0 rport 0 ufrag o7vl",
+    ];
+    for _ in 0..3000 {
+        assert_eq!(says(&repeated), 3);
+    }
+    assert_eq!(says(&["candidate:4 1 udp 37748479 203.0.113.9 6000 typ relay"]), 4, "its new relay is heard");
+}
+
+#[test]
 fn malformed_stun_never_panics() {
     let mut world = settled();
     world.authorize(1);
