@@ -38,6 +38,8 @@ const CANDIDATE_TIMEOUT: Duration = Duration::from_secs(10);
 const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
 /// Without application data for so long ICE slows down (connections.md section 12).
 const IDLE_AFTER: Duration = Duration::from_secs(20);
+/// The client nominated other pairs so often, and ours not once for so long: it gave ours up.
+const ABANDONED: (u32, Duration) = (4, Duration::from_secs(6));
 /// Pairs an agent may have (connections.md section 12).
 const MAX_PAIRS: usize = 100;
 /// Addresses one client may send checks from in a connection's life: the agent keeps each of them.
@@ -68,6 +70,8 @@ pub(super) struct Connection {
     remote: IceCredentials,
     agent: IceAgent,
     state: State,
+    /// When the client last nominated our pair, and how often others since.
+    nominations: (Instant, u32),
     /// When no remote candidate came until then, the connection fails; `None` after the first.
     candidate_deadline: Option<Instant>,
     /// When ICE stays disconnected until then, the connection fails.
@@ -103,7 +107,7 @@ enum State {
 /// The nominated pair.
 #[derive(Debug, Clone, Copy)]
 struct Pair {
-    /// The agent's choice. Before that it is the client's word alone: see [`Connection::take_at_its_word`].
+    /// The agent's choice. Otherwise it is the client's word alone: see [`Connection::take_at_its_word`].
     confirmed: bool,
     priority: u64,
     /// The host or relayed address we send from.
@@ -159,6 +163,7 @@ impl Connection {
             remote: authorize.client_ice.clone(),
             agent: agent(&authorize.gateway_ice, &authorize.client_ice, tie_breaker, now),
             state: State::Connecting,
+            nominations: (now, 0),
             candidate_deadline: Some(now + CANDIDATE_TIMEOUT),
             disconnect_deadline: None,
             relay: Some(relay),
@@ -508,20 +513,36 @@ impl Connection {
         }
     }
 
-    /// The client nominated this pair, and our own check on it was not answered yet.
+    /// The client nominates this pair (again).
     ///
     /// "A request with USE-CANDIDATE marks the pair nominated even before our own check succeeded" (section 6.7);
     /// the agent waits for its check, and the client's first handshake would wait with it. So the client's word
     /// counts until the agent makes its first choice, which it alone keeps up to date from then on.
+    ///
+    /// With one exception: "the client repeats USE-CANDIDATE on every check of the nominated pair" and gives a dead
+    /// pair up after 16.5 s, where the agent sends into it for 615 s (section 6.6). So a pair that the client has
+    /// ceased to nominate loses to one that it does nominate, until it nominates a better one.
     fn take_at_its_word(&mut self, local: SocketAddr, remote: SocketAddr, shared: &mut Shared, now: Instant) {
         let ours = |c: &Candidate| matches!(c.kind(), CandidateKind::Host | CandidateKind::Relayed);
         let known = self.agent.local_candidates().any(|c| ours(&c) && c.addr() == local)
             && self.agent.remote_candidates().any(|c| c.addr() == remote);
+        if !known {
+            return;
+        }
         let better = match self.pair() {
             None => true,
-            Some(pair) => !pair.confirmed && pair.priority < self.priority(local, remote),
+            Some(pair) if (pair.local, pair.remote) == (local, remote) => {
+                self.nominations = (now, 0);
+                false
+            }
+            Some(pair) => {
+                let (last, others) = &mut self.nominations;
+                *others = others.saturating_add(1);
+                let abandoned = *others >= ABANDONED.0 && now.duration_since(*last) >= ABANDONED.1;
+                abandoned || (!pair.confirmed && pair.priority < self.priority(local, remote))
+            }
         };
-        if known && better {
+        if better {
             self.on_nominated(local, remote, false, shared, now);
         }
     }
@@ -547,6 +568,7 @@ impl Connection {
             self.channels.insert((relay, remote));
             shared.relays.bind(relay, remote, Use::Nominated, now);
         }
+        self.nominations = (now, 0);
         debug!(client = %self.client, %local, %remote, relayed = via.is_some(), confirmed, "Pair nominated");
         match &mut self.state {
             State::Connecting => self.state = State::Connected { pair, last_activity: now },

@@ -297,6 +297,28 @@ fn a_path_through_an_allocation_that_went_is_none() {
 }
 
 #[test]
+fn when_the_direct_way_dies_the_client_is_followed_to_the_relayed_one_and_back() {
+    let mut world = World::new(epoch(), 1);
+    world.run(Duration::from_secs(1));
+    world.authorize(1);
+    world.run_until("connected", SOON, World::is_connected);
+    world.run(Duration::from_secs(5));
+    assert!(matches!(world.path(), Some(Path::Direct { .. })));
+    world.direct_is_blocked = true;
+    // The client gives its pair up after 16.5 s (connections.md section 6.6), the agent would keep it for 615 s.
+    world.run_until("relayed", Duration::from_secs(40), |w| matches!(w.path(), Some(Path::Relayed { .. })));
+    assert!(world.reaches_the_client(b"the long way"), "{world:#?}");
+    world.run(Duration::from_secs(60));
+    assert!(world.reaches_the_client(b"and it stays"), "{world:#?}");
+    // Our checks on the direct pair go on, so that the client learns of it again.
+    world.direct_is_blocked = false;
+    world.run_until("direct", Duration::from_secs(30), |w| matches!(w.path(), Some(Path::Direct { .. })));
+    world.run(Duration::from_secs(60));
+    assert!(matches!(world.path(), Some(Path::Direct { .. })), "{world:#?}");
+    assert!(world.reaches_the_client(b"the short way"), "{world:#?}");
+}
+
+#[test]
 fn the_kind_of_a_path_names_the_relays_on_it() {
     let mut world = World::new(epoch(), 1);
     world.direct_is_blocked = true;
