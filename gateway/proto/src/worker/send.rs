@@ -9,7 +9,6 @@ use super::{
     demux::{ChannelKey, Demux},
     ecn,
     peer::Link,
-    wg::HANDSHAKE_MAX,
 };
 use crate::{Ecn, Route, Sink, addr::WIREGUARD_OVERHEAD, command::Path};
 
@@ -26,8 +25,9 @@ pub fn seal(
     if !link.wg.is_sendable(now) {
         return Err(DropReason::NoSession);
     }
-    let room = (packet.len() + WIREGUARD_OVERHEAD).max(HANDSHAKE_MAX);
-    let out = sink.reserve_datagram(&way.route, way.header_len() + room).ok_or(DropReason::Backpressure)?;
+    // To the byte: a datagram joins a batch only if it cannot be longer than those in it.
+    let len = packet.len() + WIREGUARD_OVERHEAD;
+    let out = sink.reserve_datagram(&way.route, way.header_len() + len).ok_or(DropReason::Backpressure)?;
     let len = link.wg.seal(packet, &mut out[way.header_len()..], now).ok_or(DropReason::NoSession)?;
     way.finish(out, len).ok_or(DropReason::OversizedInner)?;
     sink.commit_datagram(way.header_len() + len);

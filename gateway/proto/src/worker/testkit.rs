@@ -44,6 +44,8 @@ pub struct TestSink {
     pub datagrams: Vec<(Route, Vec<u8>)>,
     /// Refuse every reservation.
     pub full: bool,
+    /// Bytes that datagrams did not use of what was reserved for them.
+    pub slack: usize,
     packet: Vec<u8>,
     datagram: Option<(Route, Vec<u8>)>,
 }
@@ -320,6 +322,7 @@ impl Sink for TestSink {
 
     fn commit_datagram(&mut self, len: usize) {
         let (route, mut buffer) = self.datagram.take().expect("a reservation");
+        self.slack += buffer.len() - len;
         buffer.truncate(len);
         self.datagrams.push((route, buffer));
     }

@@ -128,7 +128,9 @@ impl Wg {
         self.initiated.is_some() && self.life != Life::Expired
     }
 
-    /// Encrypts one IP packet to the front of `out` (at least `max(148, packet + 32)` bytes); the message's length.
+    /// Encrypts one IP packet to the front of `out` (at least `packet + 32` bytes); the message's length.
+    ///
+    /// `encapsulate` wants 148 bytes only where it would start a handshake; with less it then fails, and panics never.
     ///
     /// `None` without a sendable session.
     #[inline]

@@ -131,3 +131,23 @@ fn activity_is_coarse() {
     world.inbound(&udp(LAN4, C4, (53, 1), b""));
     assert_eq!(count(&mut world), 1);
 }
+
+#[test]
+fn packets_of_every_length_reserve_exactly_what_they_need() {
+    // A backend can join a datagram to a batch only if the reservation is no longer than the batch's segments.
+    for mut world in [World::connected(&lan()), {
+        let mut world = World::relayed(&lan());
+        world.handshake();
+        world
+    }] {
+        for len in [0, 1, 20, 64, 100, 1252] {
+            let packet = udp(LAN4, C4, (53, 1), &vec![7; len]);
+            world.inbound(&packet);
+            assert_eq!(world.received(), Some(packet));
+        }
+        world.inbound(&tcp(LAN4, C4, (80, 1)));
+        assert_eq!(world.received(), Some(tcp(LAN4, C4, (80, 1))));
+        assert_eq!(world.sink.slack, 0);
+        world.check_accounts();
+    }
+}
