@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::{peer::Peer, slot::Slot};
 use crate::{
@@ -19,11 +19,24 @@ pub struct Peers {
     slots: Vec<Option<Box<Peer>>>,
     free: Vec<Slot>,
     ids: FxHashMap<ClientId, Slot>,
-    indices: FxHashMap<ConnectionIndex, Slot>,
-    public_keys: FxHashMap<[u8; 32], Slot>,
-    v4: FxHashMap<Ipv4Addr, Slot>,
-    v6: FxHashMap<Ipv6Addr, Slot>,
-    remotes: FxHashMap<SocketAddr, Slot>,
+    indices: Owners<ConnectionIndex>,
+    public_keys: Owners<[u8; 32]>,
+    v4: Owners<Ipv4Addr>,
+    v6: Owners<Ipv6Addr>,
+    remotes: Owners<SocketAddr>,
+}
+
+/// Who is found by a key: the last to claim it.
+struct Owners<K> {
+    slots: FxHashMap<K, Slot>,
+    /// Keys that more than one client may claim. All others need no search for an heir, which looks at every client.
+    contested: FxHashSet<K>,
+}
+
+impl<K> Default for Owners<K> {
+    fn default() -> Self {
+        Self { slots: FxHashMap::default(), contested: FxHashSet::default() }
+    }
 }
 
 /// What a client is found by.
@@ -44,26 +57,26 @@ impl Peers {
     /// By the upper bits of our WireGuard index.
     #[inline]
     pub fn by_index(&self, index: ConnectionIndex) -> Option<Slot> {
-        self.indices.get(&index).copied()
+        self.indices.slots.get(&index).copied()
     }
 
     /// By its WireGuard key.
     pub fn by_public_key(&self, key: &[u8; 32]) -> Option<Slot> {
-        self.public_keys.get(key).copied()
+        self.public_keys.slots.get(key).copied()
     }
 
     /// By its tunnel address. "Two clients with the same tunnel IP: the later one owns inbound traffic".
     #[inline]
     pub fn by_tunnel(&self, ip: IpAddr) -> Option<Slot> {
         match ip {
-            IpAddr::V4(ip) => self.v4.get(&ip).copied(),
-            IpAddr::V6(ip) => self.v6.get(&ip).copied(),
+            IpAddr::V4(ip) => self.v4.slots.get(&ip).copied(),
+            IpAddr::V6(ip) => self.v6.slots.get(&ip).copied(),
         }
     }
 
     /// By the far end of its direct nominated path.
     pub fn by_remote(&self, remote: SocketAddr) -> Option<Slot> {
-        self.remotes.get(&remote).copied()
+        self.remotes.slots.get(&remote).copied()
     }
 
     /// Whoever is there.
@@ -122,7 +135,7 @@ impl Peers {
 
 /// Moves one key of `slot`. A key that somebody else claims as well falls to them when its owner leaves.
 fn relink<K: Copy + Eq + Hash>(
-    map: &mut FxHashMap<K, Slot>,
+    Owners { slots: map, contested }: &mut Owners<K>,
     slots: &[Option<Box<Peer>>],
     slot: Slot,
     before: Option<K>,
@@ -134,16 +147,22 @@ fn relink<K: Copy + Eq + Hash>(
     }
     if let Some(before) = before.filter(|k| map.get(k) == Some(&slot)) {
         map.remove(&before);
-        let heir = (0..).zip(slots).find_map(|(at, peer)| {
-            let claims = Slot(at) != slot && key(&Keys::of(peer.as_deref()?)) == Some(before);
-            claims.then_some(Slot(at))
-        });
-        if let Some(heir) = heir {
-            map.insert(before, heir);
+        let search = || {
+            (0..).zip(slots).find_map(|(at, peer)| {
+                let claims = Slot(at) != slot && key(&Keys::of(peer.as_deref()?)) == Some(before);
+                claims.then_some(Slot(at))
+            })
+        };
+        let heir = contested.contains(&before).then(search).flatten();
+        match heir {
+            Some(heir) => drop(map.insert(before, heir)),
+            None => drop(contested.remove(&before)),
         }
     }
-    if let Some(after) = after {
-        map.insert(after, slot);
+    if let Some(after) = after
+        && map.insert(after, slot).is_some_and(|owner| owner != slot)
+    {
+        contested.insert(after);
     }
 }
 

@@ -1,6 +1,14 @@
 //! What control changes acts on the next packet.
 
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
+
 use super::*;
+use crate::{ClientId, addr::TunnelAddrs, command::ClientState};
 
 #[test]
 fn revocation_and_new_filters_act_on_the_next_packet_both_ways() {
@@ -114,4 +122,62 @@ fn a_moved_tunnel_address_moves_inbound_traffic() {
     assert_eq!(world.received(), Some(back));
     world.outbound(&udp(C4, LAN4, (1, 53), b""));
     assert_eq!(world.count(DropReason::ForeignSource), 1);
+}
+
+#[test]
+fn a_key_claimed_by_three_falls_back_until_nobody_is_left() {
+    let mut world = World::connected(&lan());
+    let owner = |world: &mut World| {
+        world.inbound(&udp(LAN4, C4, (53, 1), b"?"));
+        let ours = world.client_gets().is_some();
+        let strange = world.count(DropReason::NotConnected);
+        (ours, strange)
+    };
+    let claim = |world: &mut World, n: u128, claims: bool| {
+        let state = ClientState {
+            tunnel: world.client.tunnel,
+            connection: Connection::Absent,
+            resources: lan().into(),
+        };
+        let desired = claims.then(|| Arc::new(state));
+        world.command(Command::Client { id: ClientId(Uuid::from_u128(n)), desired });
+    };
+    assert_eq!(owner(&mut world), (true, 0));
+    claim(&mut world, 501, true);
+    claim(&mut world, 502, true);
+    assert_eq!(owner(&mut world), (false, 1));
+    claim(&mut world, 501, false);
+    assert_eq!(owner(&mut world), (false, 2));
+    claim(&mut world, 502, false);
+    assert_eq!(owner(&mut world), (true, 2));
+    world.revoke();
+    world.client_gets();
+    world.inbound(&udp(LAN4, C4, (53, 1), b"?"));
+    assert_eq!(world.count(DropReason::NoPeerState), 1);
+    world.check_accounts();
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "measures the real time")]
+fn thousands_of_clients_that_come_and_leave_at_once_stall_nobody() {
+    const CLIENTS: u32 = 10_000;
+    let mut world = World::connected(&lan());
+    let resources: Arc<[Resource]> = lan().into();
+    let id = |n: u32| ClientId(Uuid::from_u128(1000 + u128::from(n)));
+    let began = Instant::now();
+    for n in 0..CLIENTS {
+        let tunnel = TunnelAddrs {
+            v4: (0x6440_8000 + n).into(),
+            v6: (0xfd00_2021_1111_u128 << 80 | u128::from(n)).into(),
+        };
+        let state = ClientState { tunnel, connection: Connection::Absent, resources: Arc::clone(&resources) };
+        world.command(Command::Client { id: id(n), desired: Some(Arc::new(state)) });
+    }
+    for n in 0..CLIENTS {
+        world.command(Command::Client { id: id(n), desired: None });
+    }
+    // Quadratic work took a minute here. A worker that is busy for 2 s ends the process.
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    world.inbound(&udp(LAN4, C4, (53, 1), b"?"));
+    assert!(world.client_gets().is_some(), "who stayed is served");
 }
