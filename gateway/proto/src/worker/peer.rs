@@ -145,3 +145,15 @@ impl Link {
         self.held.push_back(message.to_vec());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connected_client_costs_less_than_24_kb() {
+        let (peer, link) = (size_of::<Peer>(), size_of::<Link>());
+        println!("peer {peer}, link {link}, memo {} bytes", Policy::MEMO_BYTES);
+        assert!(peer + link + Policy::MEMO_BYTES < 24 << 10, "{peer} + {link} + {}", Policy::MEMO_BYTES);
+    }
+}

@@ -81,6 +81,10 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// What every client's memo takes.
+    #[cfg(test)]
+    pub const MEMO_BYTES: usize = size_of::<[Option<Remembered>; MEMO]>();
+
     /// Compiles `resources`, all of them.
     pub fn new(resources: &[Resource]) -> Self {
         let mut policy = Self {
