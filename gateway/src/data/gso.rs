@@ -66,6 +66,7 @@ impl Outlet {
     /// Sends what waits, as far as the kernel takes it; the rest stays, in order.
     pub fn flush(&mut self, now: Instant, drops: &mut Counters) {
         let Self { socket, queue, blocked } = self;
+        let mut spoiled = false;
         let flushed = queue.flush(now, drops, |route, contents, segment_size| {
             let transmit = quinn_udp::Transmit {
                 destination: route.dst,
@@ -78,14 +79,15 @@ impl Outlet {
             if let Err(e) = &result
                 && is_refusal(e)
             {
-                // quinn-udp takes EINVAL for an ancient kernel and stops setting ECN for the life of its state.
-                // It is also what a source address that has left this machine gets.
-                if let Ok(state) = super::udp::state_of(&socket.socket) {
-                    socket.state = state;
-                }
+                spoiled = true;
             }
             result
         });
+        // quinn-udp takes EINVAL for an ancient kernel and stops setting ECN for the life of its state. It is also
+        // what a source address that has left this machine gets. A new state is some twenty calls, hence once.
+        if spoiled && let Ok(state) = super::udp::state_of(&socket.socket) {
+            socket.state = state;
+        }
         *blocked = flushed == Flushed::Blocked;
     }
 }
@@ -256,7 +258,8 @@ impl Queue {
             match send(&route, part, segmented.then_some(batch.segment)) {
                 Ok(()) => {
                     batch.sent += part.len();
-                    if let Some(e) = refused.take() {
+                    // A path with a small MTU refuses the batch, and its full datagrams, but takes a short last one.
+                    if let Some(e) = refused.take_if(|_| part.len() == batch.segment) {
                         tracing::info!(
                             "The kernel refused segmentation offload ({e}); sending singly for a minute"
                         );
@@ -383,6 +386,20 @@ mod tests {
     }
 
     #[test]
+    fn path_with_a_small_mtu_does_not_cost_others_the_offload() {
+        let mut queue = Queue::new(false, true);
+        let mut wire = Wire { mtu: Some(500), ..Wire::default() };
+        let mut drops = Counters::default();
+        put(&mut queue, 1, 1000, 3);
+        put(&mut queue, 1, 50, 1);
+        put(&mut queue, 2, 100, 3);
+        assert_eq!(queue.flush(Instant::now(), &mut drops, |r, b, s| wire.send(r, b, s)), Flushed::Clean);
+        assert_eq!(drops.iter().collect::<Vec<_>>(), [(DropReason::UdpSend, 3)]);
+        assert_eq!(wire.got[&route(1)], [[7; 50]]);
+        assert_eq!(wire.calls.last(), Some(&(300, Some(100))));
+    }
+
+    #[test]
     fn blocked_socket_keeps_order_and_refuses_only_when_full() {
         let mut queue = Queue::new(false, false);
         let (now, mut drops) = (Instant::now(), Counters::default());
@@ -418,6 +435,7 @@ mod tests {
         calls: Vec<(usize, Option<usize>)>,
         refuse_gso: Option<i32>,
         unreachable: Option<Route>,
+        mtu: Option<usize>,
         room: Option<usize>,
     }
 
@@ -430,6 +448,10 @@ mod tests {
             self.calls.push((bytes.len(), segment));
             if self.unreachable == Some(*route) {
                 return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            if self.mtu.is_some_and(|mtu| segment.unwrap_or(bytes.len()) > mtu) {
+                let errno = if segment.is_some() { libc::EINVAL } else { libc::EMSGSIZE };
+                return Err(io::Error::from_raw_os_error(errno));
             }
             if let (Some(errno), Some(_)) = (self.refuse_gso, segment) {
                 return Err(io::Error::from_raw_os_error(errno));
