@@ -31,6 +31,8 @@ const SEGMENTS: usize = 65_535 + MAX_SEGMENTS * 100;
 const MAX_SEGMENTS: usize = 256;
 /// Enough for a batch; small enough to stay in the CPU's cache.
 const BYTES: usize = 2 * (READ + SEGMENTS);
+/// Reads of one batch that may fail before the device counts as broken.
+const MAX_REFUSED: usize = 64;
 /// Packets after which a batch is passed on.
 const BATCH: usize = 128;
 
@@ -55,12 +57,18 @@ impl Reader {
         drops: &mut Counters,
     ) -> io::Result<bool> {
         self.packets.clear();
-        let mut used = 0;
+        let (mut used, mut refused) = (0, 0);
         while self.packets.len() < BATCH && self.bytes.len() - used >= READ + SEGMENTS {
             let len = match read(&mut self.bytes[used..used + READ]) {
                 Ok(len) => len,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                // The kernel could not describe a packet by a virtio header; that packet is gone, the device is not.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) && refused < MAX_REFUSED => {
+                    refused += 1;
+                    drops.count(DropReason::MalformedOffload);
+                    continue;
+                }
                 Err(e) => return Err(e),
             };
             match self.take(used, len) {
@@ -355,6 +363,23 @@ mod tests {
         assert!(!reader.fill(|buffer| copy(reads.next(), buffer), &mut drops).unwrap());
         assert_eq!(reader.packets().map(|p| p.to_vec()).collect::<Vec<_>>(), [packet.clone(), packet]);
         assert_eq!(drops.get(DropReason::MalformedOffload), 1, "the empty read");
+    }
+
+    #[test]
+    fn packet_that_the_kernel_cannot_describe_costs_itself_only() {
+        let packet = Spec::default().build();
+        let invalid = || Err::<Vec<u8>, _>(io::Error::from_raw_os_error(libc::EINVAL));
+        let mut reads = [invalid(), Ok(packet.clone()), invalid(), Ok(packet.clone())].into_iter();
+        let (mut reader, mut drops) = (Reader::new(false), Counters::default());
+        let mut read = |buffer: &mut [u8]| match reads.next() {
+            Some(Err(e)) => Err(e),
+            other => copy(other.map(Result::unwrap), buffer),
+        };
+        assert!(!reader.fill(&mut read, &mut drops).unwrap());
+        assert_eq!(reader.packets().map(|p| p.to_vec()).collect::<Vec<_>>(), [packet.clone(), packet]);
+        assert_eq!(drops.get(DropReason::MalformedOffload), 2);
+        let broken = reader.fill(|_| invalid().map(|p| p.len()), &mut drops).unwrap_err();
+        assert_eq!(broken.raw_os_error(), Some(libc::EINVAL), "a device that only fails is broken");
     }
 
     /// What a sender without offload would have sent.
