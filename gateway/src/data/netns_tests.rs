@@ -16,7 +16,7 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command as Process,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -296,6 +296,62 @@ fn idle_worker_sleeps_and_one_with_a_stuck_deadline_does_not_spin() {
 }
 
 #[test]
+fn flood_of_one_direction_leaves_turns_to_the_other() {
+    in_netns(async {
+        ip("link set lo up");
+        let mut pipe = Pipe::new(None);
+        pipe.on_command = Some(|_| std::thread::sleep(Duration::from_millis(800)));
+        let batches = pipe.batches.clone();
+        let (data, _) = start(pipe);
+        let mut interface = Interface::new(TUN_NAME).unwrap();
+        interface.configure(addrs(1)).await.unwrap();
+        data.send(Command::Relays([].into()));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+
+        // While the worker is busy elsewhere: 10 000 datagrams on the socket, 3000 packets in the device.
+        let flood = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let state = quinn_udp::UdpSocketState::new((&flood).into()).unwrap();
+        for _ in 0..200 {
+            let transmit = quinn_udp::Transmit {
+                destination: "127.0.0.1:52625".parse().unwrap(),
+                ecn: None,
+                contents: &[0xff; 50 * 1000],
+                segment_size: Some(1000),
+                src_ip: None,
+            };
+            state.try_send((&flood).into(), &transmit).unwrap();
+        }
+        let inner = UdpSocket::bind((addrs(1).v4, 0)).unwrap();
+        for _ in 0..3000 {
+            inner.send_to(&[1; 100], (addrs(2).v4, 9)).unwrap();
+        }
+        let total = |of_tun| -> usize {
+            let batches = batches.lock().unwrap();
+            batches.iter().filter(|(tun, _)| *tun == of_tun).map(|(_, count)| count).sum()
+        };
+        let deadline = Instant::now() + Duration::from_secs(8);
+        while (total(false), total(true)) < (10_000, 3000) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!((total(false), total(true)), (10_000, 3000), "nothing is lost");
+        let (mut run, mut longest, mut left) = (0, [0; 2], 3000);
+        let mut before = true;
+        for &(tun, count) in batches.lock().unwrap().iter() {
+            run = if tun == before { run + count } else { count };
+            before = tun;
+            if left > 0 {
+                longest[usize::from(tun)] = run.max(longest[usize::from(tun)]);
+            }
+            left -= if tun { count } else { 0 };
+        }
+        // A turn ends at 1024, and the batch that gets there may be of 32 * 50.
+        assert!(longest[0] < 1024 + 1600 && longest[1] < 1024 + 400, "{longest:?} in a row");
+        interface.remove().await;
+        data.close().await.unwrap();
+    });
+}
+
+#[test]
 fn data_plane_starts_hears_stun_sends_and_closes() {
     in_netns(async {
         ip("link set lo up");
@@ -356,6 +412,8 @@ struct Pipe {
     turns: Arc<AtomicU64>,
     /// Packets and datagrams that came in.
     seen: Arc<AtomicU64>,
+    /// What came in, in order: how many datagrams, and whether they were packets of the TUN device instead.
+    batches: Arc<Mutex<Vec<(bool, usize)>>>,
     stuck_deadline: bool,
     on_command: Option<fn(&mut Self)>,
     events: Vec<WorkerEvent>,
@@ -368,6 +426,7 @@ impl Pipe {
             counters: Counters::default(),
             turns: Arc::default(),
             seen: Arc::default(),
+            batches: Arc::default(),
             stuck_deadline: false,
             on_command: None,
             events: Vec::new(),
@@ -388,7 +447,9 @@ impl Core for Pipe {
         _: Instant,
         sink: &mut impl Sink,
     ) {
+        let mut count = 0;
         for d in batch {
+            count += 1;
             self.seen.fetch_add(1, Ordering::Relaxed);
             let Some(buffer) = sink.reserve_packet(d.payload.len()) else {
                 self.counters.count(DropReason::Backpressure);
@@ -401,6 +462,7 @@ impl Core for Pipe {
                 self.events.push(WorkerEvent::Stun(StunDatagram { local, from, via: None, payload }));
             }
         }
+        self.batches.lock().unwrap().push((false, count));
     }
 
     fn handle_packets<'a>(
@@ -409,7 +471,9 @@ impl Core for Pipe {
         _: Instant,
         sink: &mut impl Sink,
     ) {
+        let mut count = 0;
         for packet in batch {
+            count += 1;
             self.seen.fetch_add(1, Ordering::Relaxed);
             let buffer = self.route.as_ref().and_then(|route| sink.reserve_datagram(route, packet.len()));
             let Some(buffer) = buffer else {
@@ -419,6 +483,7 @@ impl Core for Pipe {
             buffer[..packet.len()].copy_from_slice(packet);
             sink.commit_datagram(packet.len());
         }
+        self.batches.lock().unwrap().push((true, count));
     }
 
     fn handle_timeout(&mut self, _: Instant, _: &mut impl Sink) {}

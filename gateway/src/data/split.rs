@@ -91,9 +91,9 @@ impl Reader {
         })
     }
 
-    /// Whether the last [`Reader::fill`] brought nothing.
-    pub fn is_empty(&self) -> bool {
-        self.packets.is_empty()
+    /// How many packets the last [`Reader::fill`] brought.
+    pub fn count(&self) -> usize {
+        self.packets.len()
     }
 
     /// Takes the `len` bytes read at `at`; returns where free space begins.

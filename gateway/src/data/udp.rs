@@ -272,6 +272,11 @@ impl<'a> Received<'a> {
         self.meta.len() == BATCH_SIZE
     }
 
+    /// How many datagrams it is, useless ones included.
+    pub fn count(&self) -> usize {
+        self.meta.iter().map(datagrams_of).sum()
+    }
+
     /// How many messages it was.
     #[cfg(test)]
     pub fn messages(&self) -> usize {
@@ -283,8 +288,7 @@ impl<'a> Received<'a> {
         let usable = |meta: &RecvMeta| match refusal(meta) {
             None => true,
             Some(reason) => {
-                let datagrams = if meta.stride == 0 { 1 } else { meta.len.div_ceil(meta.stride) };
-                drops.add(reason, datagrams as u64);
+                drops.add(reason, datagrams_of(meta) as u64);
                 false
             }
         };
@@ -305,6 +309,11 @@ impl<'a> Received<'a> {
             })
         })
     }
+}
+
+/// How many datagrams a received message is.
+fn datagrams_of(meta: &RecvMeta) -> usize {
+    if meta.stride == 0 { 1 } else { meta.len.div_ceil(meta.stride).max(1) }
 }
 
 /// Why a received message cannot be used.
@@ -388,12 +397,15 @@ mod tests {
             let metas = [meta(1, 1, here), meta(*len, *stride, *dst_ip), meta(2, 2, here)];
             let received = Received { bytes: &vec![0; 3 * MESSAGE], meta: &metas, port: 5 };
             let mut drops = Counters::default();
+            let count = received.count();
             let got: Vec<usize> = received.datagrams(&mut drops).map(|d| d.payload.len()).collect();
             let (lengths, counted) = match expect {
                 Ok(lengths) => (*lengths, vec![]),
                 Err(counted) => (&[][..], vec![*counted]),
             };
             assert_eq!(got, [&[1], lengths, &[2]].concat(), "{len} bytes, stride {stride}");
+            let dropped: usize = counted.iter().map(|(_, n)| usize::try_from(*n).unwrap()).sum();
+            assert_eq!(count, got.len() + dropped, "{len} bytes, stride {stride}");
             assert_eq!(drops.iter().collect::<Vec<_>>(), counted, "{len} bytes, stride {stride}");
         }
     }

@@ -351,10 +351,9 @@ struct Turn<'a, C> {
     shut_down: bool,
 }
 
-/// `recvmmsg` calls per socket and turn.
-const UDP_BUDGET: usize = 8;
-/// Batches from the TUN device per turn.
-const TUN_BUDGET: usize = 8;
+/// Packets after which a turn goes on to the next socket or device, a few milliseconds of work: what counts is
+/// packets, for one `recvmmsg` may bring 32 of them or 2048. It also bounds how far one path runs ahead of another.
+const BUDGET: usize = 1024;
 /// Failed receives in a row after which a socket is given up.
 const MAX_SOCKET_ERRORS: u32 = 1000;
 /// The thread sleeps at least this long before a deadline that has passed already: a deadline that does not move is
@@ -400,7 +399,8 @@ impl<C: Core> Turn<'_, C> {
     }
 
     fn receive(&mut self, family: Family) -> Result<()> {
-        for _ in 0..UDP_BUDGET {
+        let mut taken = 0;
+        loop {
             let outlet = match family {
                 Family::V4 => &self.out.v4,
                 Family::V6 => &self.out.v6,
@@ -420,34 +420,35 @@ impl<C: Core> Turn<'_, C> {
                 }
             };
             self.socket_errors = 0;
-            let more = received.is_full();
+            taken += received.count();
+            let more = received.is_full() && taken < BUDGET;
             let datagrams = received.datagrams(&mut self.out.drops);
             self.core.handle_datagrams(datagrams, self.out.now, &mut self.out);
             self.end_batch();
             if !more {
-                break;
+                return Ok(());
             }
             self.begin_batch();
         }
-        Ok(())
     }
 
     fn read(&mut self, tun: &Tun) -> Result<()> {
-        for _ in 0..TUN_BUDGET {
+        let mut taken = 0;
+        loop {
             let more = self
                 .reader
                 .fill(|buffer| tun.read(buffer), &mut self.out.drops)
                 .context("The TUN device is gone; was it deleted?")?;
-            if !self.reader.is_empty() {
+            taken += self.reader.count();
+            if self.reader.count() > 0 {
                 self.core.handle_packets(self.reader.packets(), self.out.now, &mut self.out);
                 self.end_batch();
             }
-            if !more {
-                break;
+            if !more || taken >= BUDGET {
+                return Ok(());
             }
             self.begin_batch();
         }
-        Ok(())
     }
 
     fn begin_batch(&mut self) {
