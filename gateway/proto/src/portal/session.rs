@@ -69,6 +69,8 @@ pub struct Session {
     queue: VecDeque<Egress>,
     queued: FxHashSet<Egress>,
     in_flight: VecDeque<(u64, Egress)>,
+    /// How many at the front of the queue met a lost channel.
+    returned: usize,
     rejoins: u32,
     was_joined: bool,
     events: VecDeque<SessionEvent>,
@@ -95,6 +97,7 @@ impl Session {
             queue: VecDeque::new(),
             queued: FxHashSet::default(),
             in_flight: VecDeque::new(),
+            returned: 0,
             rejoins: 0,
             was_joined: false,
             events: VecDeque::new(),
@@ -163,6 +166,7 @@ impl Session {
         }
         let message = self.queue.pop_front()?;
         self.queued.remove(&message);
+        self.returned = self.returned.saturating_sub(1);
         let reference = self.reference();
         let (event, payload) = egress::encode(&message, self.generation);
         if self.in_flight.len() == MAX_IN_FLIGHT {
@@ -218,11 +222,13 @@ impl Session {
             tracing::debug!(reference, reason, "The portal did not accept a message");
             return;
         }
-        // The channel is gone, the socket is not. What met the lost channel goes out again after the join.
+        // The channel is gone, the socket is not. What met the lost channel goes out again after the join, in the
+        // order it had: a client drops candidates that come before the authorization they belong to.
         if let Some(message) = sent
             && self.queued.insert(message.clone())
         {
-            self.queue.push_front(message);
+            self.queue.insert(self.returned, message);
+            self.returned += 1;
         }
         if matches!(self.state, State::Joined) {
             self.rejoins += 1;
@@ -368,9 +374,8 @@ mod tests {
         );
         session.handle_text(&ok(3), now);
         assert_eq!(session.poll_event(), None, "the socket was connected all along");
-        let again = sent(&mut session);
-        assert_eq!(again.len(), 2);
-        assert!(again.contains(&("authorization_created".to_owned(), 5)), "{again:?}");
+        let again = [("authorization_created".to_owned(), 4), ("no_relays".to_owned(), 5)];
+        assert_eq!(sent(&mut session), again, "in the order they had");
     }
 
     #[test]
