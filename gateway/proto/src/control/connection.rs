@@ -16,7 +16,7 @@ use std::{
 };
 
 use is::{
-    Candidate, CandidateKind, IceAgent, IceAgentEvent, IceConnectionState, IceCreds, Protocol,
+    Candidate, CandidateKind, IceAgent, IceAgentEvent, IceConnectionState, Protocol,
     stun::{StunMessage, StunPacket},
 };
 use rustc_hash::FxBuildHasher;
@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     command::{ConnectionKeys, Path},
-    control::{candidates, shared::Shared, stun_router::quietly},
+    control::{agent, candidates, shared::Shared},
     ids::{ClientId, ConnectionIndex, RelayId},
     portal::messages::{Authorize, IceCredentials},
     relay::{LocalCandidate, Use},
@@ -40,27 +40,13 @@ const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
 const IDLE_AFTER: Duration = Duration::from_secs(20);
 /// The client nominated other pairs so often, and ours not once for so long: it gave ours up.
 const ABANDONED: (u32, Duration) = (4, Duration::from_secs(6));
-/// Pairs an agent may have (connections.md section 12).
-const MAX_PAIRS: usize = 100;
 /// Addresses one client may send checks from in a connection's life: the agent keeps each of them.
 const MAX_HEARD: usize = 256;
 /// Remote lines taken in a connection's life: the agent keeps withdrawn candidates, too. A client repeats a few with
 /// every authorization.
 const MAX_LINES: usize = 2048;
 /// Agent ticks in one drive: each sends at most one check, so more than one per pair is a fault.
-const MAX_TICKS: usize = MAX_PAIRS + 2;
-
-/// A row of the table in connections.md section 6.6.
-struct Timing {
-    retransmissions: usize,
-    cap: Duration,
-    initial: Duration,
-}
-
-const ACTIVE: Timing =
-    Timing { retransmissions: 45, cap: Duration::from_secs(15), initial: Duration::from_millis(250) };
-const IDLE: Timing =
-    Timing { retransmissions: 40, cap: Duration::from_secs(25), initial: Duration::from_secs(25) };
+const MAX_TICKS: usize = agent::MAX_PAIRS + 2;
 
 /// One connection, from `upsert` until it fails or is closed.
 pub(super) struct Connection {
@@ -161,7 +147,7 @@ impl Connection {
             keys: Arc::new(keys),
             local: authorize.gateway_ice.clone(),
             remote: authorize.client_ice.clone(),
-            agent: agent(&authorize.gateway_ice, &authorize.client_ice, tie_breaker, now),
+            agent: agent::new(&authorize.gateway_ice, &authorize.client_ice, tie_breaker, now),
             state: State::Connecting,
             nominations: (now, 0),
             candidate_deadline: Some(now + CANDIDATE_TIMEOUT),
@@ -173,7 +159,7 @@ impl Connection {
             heard: HashSet::default(),
             channels: HashSet::default(),
         };
-        connection.set_timing(&ACTIVE);
+        agent::set_timing(&mut connection.agent, &agent::ACTIVE);
         shared.router.insert(&connection.local, &connection.remote, connection.client);
         shared.select(relay, connection.client);
         connection.add_known_locals(shared);
@@ -354,7 +340,7 @@ impl Connection {
             State::Connected { last_activity, .. } => *last_activity = at.max(*last_activity),
             State::Idle { pair } => {
                 self.state = State::Connected { pair: *pair, last_activity: at };
-                self.set_timing(&ACTIVE);
+                agent::set_timing(&mut self.agent, &agent::ACTIVE);
             }
         }
     }
@@ -460,14 +446,8 @@ impl Connection {
             && now.duration_since(last_activity) >= IDLE_AFTER
         {
             self.state = State::Idle { pair };
-            self.set_timing(&IDLE);
+            agent::set_timing(&mut self.agent, &agent::IDLE);
         }
-    }
-
-    fn set_timing(&mut self, timing: &Timing) {
-        self.agent.set_max_stun_retransmits(timing.retransmissions);
-        self.agent.set_max_stun_rto(timing.cap);
-        self.agent.set_initial_stun_rto(timing.initial);
     }
 
     /// Host and reflexive candidates of all relays and the relayed ones of the selected relay, best first: a
@@ -603,25 +583,6 @@ impl Connection {
             shared.relays.release(relay, peer);
         }
     }
-}
-
-/// A controlled agent with the portal's credentials, without pacing between checks (section 6.1).
-fn agent(local: &IceCredentials, remote: &IceCredentials, tie_breaker: u64, now: Instant) -> IceAgent {
-    let creds =
-        |c: &IceCredentials| IceCreds { ufrag: c.username.clone(), pass: c.password.as_str().to_owned() };
-    let mut agent = IceAgent::new(creds(local));
-    agent.set_controlling(false);
-    agent.set_control_tie_breaker(tie_breaker);
-    agent.set_timing_advance(Duration::ZERO);
-    agent.set_max_candidate_pairs(MAX_PAIRS);
-    agent.set_local_preference(candidates::local_preference);
-    // These calls write both passwords to the log.
-    quietly(|| {
-        agent.set_remote_credentials(creds(remote));
-        agent.handle_timeout(now);
-        while agent.poll_event().is_some() {}
-    });
-    agent
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 //!
 //! It must not know sockets, WireGuard or inner packets.
 
+mod agent;
 mod authorizations;
 mod candidates;
 mod connection;
