@@ -198,3 +198,26 @@ fn install_crate(name: &str, version: &str) -> Result<()> {
     }
     run::run(&mut cargo)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_program_of_the_scenarios_is_installed() {
+        let file = run::root().join("tests/src/net/services.rs");
+        let text = std::fs::read_to_string(file).unwrap();
+        let list =
+            text.split_once("pub const PROGRAMS").and_then(|(_, rest)| rest.split_once("];")).unwrap().0;
+        let needed: Vec<Vec<&str>> = list
+            .lines()
+            .map(|line| line.split('"').skip(1).step_by(2).collect())
+            .filter(|names: &Vec<_>| names.len() == 2)
+            .collect();
+        assert!(needed.len() > 5, "{needed:?}");
+        for names in needed {
+            let installed = PROGRAMS.iter().any(|(package, program, _)| [*program, *package] == names[..]);
+            assert!(installed, "setup does not install {names:?}");
+        }
+    }
+}
