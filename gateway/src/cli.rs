@@ -9,9 +9,18 @@ use clap::{Parser, ValueEnum, builder::BoolishValueParser};
 use gateway_proto::portal::messages::Secret;
 use zeroize::Zeroizing;
 
+/// What only the environment says.
+const VARIABLES: &str = "\
+Further environment variables:
+  FIREZONE_UDP_RECV_BUFFER_SIZE, FIREZONE_UDP_SEND_BUFFER_SIZE
+          Kernel buffers of the UDP sockets, in bytes
+  FIREZONE_DISABLE
+          Batching to do without when looking for a fault: any of tun-offload, tun-uso, udp-gro, udp-gso, separated
+          by commas; the log says at start what is in use";
+
 /// Connects clients to resources: WireGuard over direct UDP or TURN relays, under a portal's authorizations.
 #[derive(Debug, Parser)]
-#[command(name = "firezone-gateway", version, max_term_width = 110)]
+#[command(name = "firezone-gateway", version, max_term_width = 110, after_long_help = VARIABLES)]
 pub struct Cli {
     /// The gateway's token. Without it, the systemd credential FIREZONE_TOKEN is read.
     #[arg(env = "FIREZONE_TOKEN", hide_env_values = true, value_parser = secret, help_heading = "Portal")]

@@ -18,7 +18,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::{
     cli::{Cli, PortalEndpoint},
-    data::{BufferSizes, DataPlane, TUN_NAME, interface::Interface, lock::InstanceLock},
+    data::{BufferSizes, Capabilities, DataPlane, TUN_NAME, interface::Interface, lock::InstanceLock},
     health::Readiness,
     portal::CaFile,
     runtime::Runtime,
@@ -51,6 +51,7 @@ struct Prepared {
     portal: portal::Client,
     private_key: StaticSecret,
     buffers: BufferSizes,
+    allowed: Capabilities,
     health_check_addr: SocketAddr,
     allow_own_ip: bool,
     raise_buffer_limits: bool,
@@ -88,6 +89,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         portal,
         private_key,
         buffers: BufferSizes::from_env()?,
+        allowed: Capabilities::from_env()?,
         health_check_addr: cli.health_check_addr,
         allow_own_ip: cli.allow_own_ip,
         raise_buffer_limits: !cli.no_inc_buf,
@@ -118,6 +120,7 @@ fn run(prepared: Prepared) -> Result<()> {
             allow_own_ip: prepared.allow_own_ip,
             seed: rand::random(),
             buffers: prepared.buffers,
+            allowed: prepared.allowed,
         })?;
         let interface = Interface::new(TUN_NAME)?;
         let readiness = Arc::new(Readiness::default());

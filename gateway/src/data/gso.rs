@@ -29,7 +29,7 @@ impl Outlet {
     /// With its buffers; pages are touched as traffic needs them.
     pub fn new(socket: DataSocket) -> Self {
         let v6 = socket.is_v6();
-        let gso = socket.state.max_gso_segments() > 1;
+        let gso = socket.segments();
         Self { socket, queue: Queue::new(v6, gso), blocked: false }
     }
 
@@ -85,8 +85,8 @@ impl Outlet {
         });
         // quinn-udp takes EINVAL for an ancient kernel and stops setting ECN for the life of its state. It is also
         // what a source address that has left this machine gets. A new state is some twenty calls, hence once.
-        if spoiled && let Ok(state) = super::udp::state_of(&socket.socket) {
-            socket.state = state;
+        if spoiled {
+            socket.renew();
         }
         *blocked = flushed == Flushed::Blocked;
     }

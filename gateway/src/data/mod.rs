@@ -16,6 +16,7 @@ pub mod interface;
 pub mod lock;
 pub mod sysctl;
 
+mod capabilities;
 mod coalesce;
 mod gso;
 mod headers;
@@ -42,9 +43,13 @@ use gateway_proto::{
 use tokio::time::{Interval, MissedTickBehavior};
 use x25519_dalek::StaticSecret;
 
-pub use self::udp::{BufferSizes, MARK};
+pub use self::{
+    capabilities::Capabilities,
+    udp::{BufferSizes, MARK},
+};
 use self::{
     queue::{Commands, Events},
+    tun::Tun,
     udp::Sockets,
     worker_thread::WorkerThread,
 };
@@ -64,6 +69,8 @@ pub struct Config {
     pub seed: u64,
     /// Kernel buffers of the UDP sockets.
     pub buffers: BufferSizes,
+    /// What of the kernel's batching may be used.
+    pub allowed: Capabilities,
 }
 
 /// Sockets, TUN device and the worker that serves them.
@@ -86,7 +93,7 @@ impl DataPlane {
     /// # Panics
     /// Outside a tokio runtime with timers.
     pub fn start(config: Config) -> Result<Self> {
-        let sockets = Sockets::open(config.buffers)?;
+        let sockets = Sockets::open(config.buffers, config.allowed)?;
         let for_control = sockets.try_clone().context("Failed to duplicate the UDP sockets")?;
         let commands = Arc::new(Commands::new().context("Failed to create an eventfd")?);
         let events = Arc::new(Events::default());
@@ -96,7 +103,10 @@ impl DataPlane {
             seed: config.seed,
             now: std::time::Instant::now(),
         });
-        let worker = WorkerThread::spawn(core, sockets, &config.tun_name, commands.clone(), events.clone())?;
+        let tun = Tun::create(&config.tun_name, config.allowed)?;
+        let offered = sockets.offered(tun.offered());
+        tracing::info!("Batching: {}", config.allowed.describe(offered));
+        let worker = WorkerThread::spawn(core, sockets, tun, commands.clone(), events.clone())?;
         Ok(Self::of(commands, events, for_control, worker))
     }
 

@@ -34,7 +34,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    BufferSizes, Config, DataPlane, TUN_NAME,
+    BufferSizes, Capabilities, Config, DataPlane, TUN_NAME,
     gso::Outlet,
     interface::{Families, Interface},
     queue::{Commands, Events},
@@ -43,12 +43,13 @@ use super::{
     worker_thread::{Core, WorkerThread},
 };
 
+const ALL: Capabilities = Capabilities::ALL;
 const SIZES: BufferSizes = BufferSizes { recv: udp::RECV_BUFFER, send: udp::SEND_BUFFER };
 
 #[test]
 fn interface_is_changed_by_difference_adopted_after_a_crash_and_cleaned_up() {
     in_netns(async {
-        let tun = Tun::create(TUN_NAME).unwrap();
+        let tun = Tun::create(TUN_NAME, ALL).unwrap();
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::Dual);
         let link = ip("link show dev tun-firezone");
@@ -77,7 +78,7 @@ fn interface_is_changed_by_difference_adopted_after_a_crash_and_cleaned_up() {
 
         drop((interface, tun));
         assert_eq!(rules(), (rule.into(), rule.into()), "a crash leaves the rules");
-        let _tun = Tun::create(TUN_NAME).unwrap();
+        let _tun = Tun::create(TUN_NAME, ALL).unwrap();
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::Dual);
         assert_eq!((rules(), routes()), ((rule.into(), rule.into()), routed));
@@ -90,7 +91,7 @@ fn interface_is_changed_by_difference_adopted_after_a_crash_and_cleaned_up() {
 #[test]
 fn machine_without_ipv6_is_v4_only() {
     in_netns(async {
-        let _tun = Tun::create(TUN_NAME).unwrap();
+        let _tun = Tun::create(TUN_NAME, ALL).unwrap();
         std::fs::write(format!("/proc/sys/net/ipv6/conf/{TUN_NAME}/disable_ipv6"), "1").unwrap();
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::V4Only);
@@ -103,8 +104,8 @@ fn machine_without_ipv6_is_v4_only() {
 #[test]
 fn second_owner_of_the_tun_device_fails_in_one_sentence() {
     in_netns(async {
-        let _first = Tun::create(TUN_NAME).unwrap();
-        let error = Tun::create(TUN_NAME).err().expect("the device is exclusive");
+        let _first = Tun::create(TUN_NAME, ALL).unwrap();
+        let error = Tun::create(TUN_NAME, ALL).err().expect("the device is exclusive");
         assert_eq!(
             error.to_string(),
             "The TUN device tun-firezone is in use by another process; stop that first"
@@ -116,11 +117,11 @@ fn second_owner_of_the_tun_device_fails_in_one_sentence() {
 fn datagrams_carry_their_addresses_and_ecn_and_the_port_is_only_a_wish() {
     in_netns(async {
         ip("link set lo up");
-        let sockets = Sockets::open(SIZES).unwrap();
+        let sockets = Sockets::open(SIZES, ALL).unwrap();
         for socket in [&sockets.v4, &sockets.v6].into_iter().flatten() {
             assert_eq!(socket.port(), 52_625);
         }
-        let other = Sockets::open(SIZES).unwrap();
+        let other = Sockets::open(SIZES, ALL).unwrap();
         assert!(other.v4.as_ref().is_some_and(|s| ![0, 52_625].contains(&s.port())));
 
         let mut receiver = Receiver::new();
@@ -176,8 +177,8 @@ fn datagrams_carry_their_addresses_and_ecn_and_the_port_is_only_a_wish() {
 fn vanished_source_address_costs_its_own_datagrams_only() {
     in_netns(async {
         ip("link set lo up");
-        let sockets = Sockets::open(SIZES).unwrap();
-        let receiver = Sockets::open(SIZES).unwrap().v4.unwrap();
+        let sockets = Sockets::open(SIZES, ALL).unwrap();
+        let receiver = Sockets::open(SIZES, ALL).unwrap().v4.unwrap();
         let mut outlet = Outlet::new(sockets.v4.unwrap());
         let dst = ([127, 0, 0, 1], receiver.port()).into();
         let src = |ip: &str| Some(SocketAddr::new(ip.parse().unwrap(), 52_625));
@@ -202,48 +203,59 @@ fn vanished_source_address_costs_its_own_datagrams_only() {
 
 #[test]
 fn tcp_and_udp_pass_whole_both_ways_with_offloads_in_use() {
-    in_netns(async {
-        ip("link set lo up");
-        let a = File::open("/proc/thread-self/ns/net").unwrap();
-        unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        let b = File::open("/proc/thread-self/ns/net").unwrap();
-        let enter = |ns: &File| setns(ns, CloneFlags::CLONE_NEWNET).unwrap();
-        veth_between(&a, &b).await;
+    in_netns(both_ways(ALL, &[("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")]));
+}
 
-        for (outer_a, outer_b) in [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")] {
-            enter(&a);
-            let side_a = Side::start(1, outer_a, outer_b).await;
+#[test]
+fn tcp_and_udp_pass_whole_with_any_offload_forbidden() {
+    for words in ["tun-offload", "tun-uso", "udp-gro", "udp-gso", "tun-offload,tun-uso,udp-gro,udp-gso"] {
+        println!("without {words}");
+        let allowed = Capabilities::without(words).unwrap();
+        in_netns(both_ways(allowed, &[("192.0.2.1", "192.0.2.2")]));
+    }
+}
+
+/// Two data planes over each pair of addresses; TCP and UDP between them, in both families and directions.
+async fn both_ways(allowed: Capabilities, pairs: &[(&str, &str)]) {
+    ip("link set lo up");
+    let a = File::open("/proc/thread-self/ns/net").unwrap();
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let b = File::open("/proc/thread-self/ns/net").unwrap();
+    let enter = |ns: &File| setns(ns, CloneFlags::CLONE_NEWNET).unwrap();
+    veth_between(&a, &b).await;
+
+    for (outer_a, outer_b) in pairs {
+        enter(&a);
+        let side_a = Side::start(1, outer_a, outer_b, allowed).await;
+        enter(&b);
+        let side_b = Side::start(2, outer_b, outer_a, allowed).await;
+        for (ip_a, ip_b) in
+            [(IpAddr::from(addrs(1).v4), IpAddr::from(addrs(2).v4)), (addrs(1).v6.into(), addrs(2).v6.into())]
+        {
             enter(&b);
-            let side_b = Side::start(2, outer_b, outer_a).await;
-            for (ip_a, ip_b) in [
-                (IpAddr::from(addrs(1).v4), IpAddr::from(addrs(2).v4)),
-                (addrs(1).v6.into(), addrs(2).v6.into()),
-            ] {
-                enter(&b);
-                let listener = TcpListener::bind((ip_b, 0)).unwrap();
-                let udp_b = [0; 2].map(|port| UdpSocket::bind((ip_b, port)).unwrap());
-                let to_b = listener.local_addr().unwrap();
-                enter(&a);
-                let stream = TcpStream::connect_timeout(&to_b, Duration::from_secs(5)).unwrap();
-                let (accepted, from) = listener.accept().unwrap();
-                assert_eq!(from.ip(), ip_a);
-                transfer(stream.try_clone().unwrap(), accepted.try_clone().unwrap());
-                transfer(accepted, stream);
-                let udp_a = [0; 2].map(|port| UdpSocket::bind((ip_a, port)).unwrap());
-                datagrams(&udp_a[0], &udp_b[0]);
-                datagrams(&udp_b[1], &udp_a[1]);
-            }
-            let mut sides = [(side_a, &a), (side_b, &b)];
-            for (side, ns) in &mut sides {
-                enter(ns);
-                side.check().await;
-            }
-            for (side, _) in sides {
-                side.interface.remove().await;
-                side.data.close().await.unwrap();
-            }
+            let listener = TcpListener::bind((ip_b, 0)).unwrap();
+            let udp_b = [0; 2].map(|port| UdpSocket::bind((ip_b, port)).unwrap());
+            let to_b = listener.local_addr().unwrap();
+            enter(&a);
+            let stream = TcpStream::connect_timeout(&to_b, Duration::from_secs(5)).unwrap();
+            let (accepted, from) = listener.accept().unwrap();
+            assert_eq!(from.ip(), ip_a);
+            transfer(stream.try_clone().unwrap(), accepted.try_clone().unwrap());
+            transfer(accepted, stream);
+            let udp_a = [0; 2].map(|port| UdpSocket::bind((ip_a, port)).unwrap());
+            datagrams(&udp_a[0], &udp_b[0]);
+            datagrams(&udp_b[1], &udp_a[1]);
         }
-    });
+        let mut sides = [(side_a, &a), (side_b, &b)];
+        for (side, ns) in &mut sides {
+            enter(ns);
+            side.check(allowed).await;
+        }
+        for (side, _) in sides {
+            side.interface.remove().await;
+            side.data.close().await.unwrap();
+        }
+    }
 }
 
 #[test]
@@ -362,6 +374,7 @@ fn data_plane_starts_hears_stun_sends_and_closes() {
                 allow_own_ip: false,
                 seed: 1,
                 buffers: SIZES,
+                allowed: ALL,
             })
         };
         let data = start().unwrap();
@@ -417,6 +430,8 @@ struct Pipe {
     stuck_deadline: bool,
     on_command: Option<fn(&mut Self)>,
     events: Vec<WorkerEvent>,
+    /// An event was made of the first datagram.
+    told: bool,
 }
 
 impl Pipe {
@@ -430,6 +445,7 @@ impl Pipe {
             stuck_deadline: false,
             on_command: None,
             events: Vec::new(),
+            told: false,
         }
     }
 }
@@ -457,7 +473,7 @@ impl Core for Pipe {
             };
             buffer[..d.payload.len()].copy_from_slice(d.payload);
             sink.commit_packet(d.payload.len());
-            if self.events.is_empty() {
+            if !std::mem::replace(&mut self.told, true) {
                 let (local, from, payload) = (d.local, d.from, Vec::new());
                 self.events.push(WorkerEvent::Stun(StunDatagram { local, from, via: None, payload }));
             }
@@ -510,11 +526,16 @@ impl Core for Pipe {
 
 /// A data plane around `pipe`, and its sight of what came in.
 fn start(pipe: Pipe) -> (DataPlane, Arc<AtomicU64>) {
+    start_with(pipe, ALL)
+}
+
+fn start_with(pipe: Pipe, allowed: Capabilities) -> (DataPlane, Arc<AtomicU64>) {
     let seen = pipe.seen.clone();
-    let sockets = Sockets::open(SIZES).unwrap();
+    let sockets = Sockets::open(SIZES, allowed).unwrap();
     let for_control = sockets.try_clone().unwrap();
     let (commands, events) = (Arc::new(Commands::new().unwrap()), Arc::new(Events::default()));
-    let worker = WorkerThread::spawn(pipe, sockets, TUN_NAME, commands.clone(), events.clone()).unwrap();
+    let tun = Tun::create(TUN_NAME, allowed).unwrap();
+    let worker = WorkerThread::spawn(pipe, sockets, tun, commands.clone(), events.clone()).unwrap();
     (DataPlane::of(commands, events, for_control, worker), seen)
 }
 
@@ -526,18 +547,22 @@ struct Side {
 }
 
 impl Side {
-    async fn start(n: u8, own: &str, other: &str) -> Self {
+    async fn start(n: u8, own: &str, other: &str, allowed: Capabilities) -> Self {
         let (own, other): (IpAddr, IpAddr) = (own.parse().unwrap(), other.parse().unwrap());
         let route = Route { src: Some((own, 52_625).into()), dst: (other, 52_625).into(), ecn: Ecn::NotEct };
-        let (data, seen) = start(Pipe::new(Some(route)));
+        let (data, seen) = start_with(Pipe::new(Some(route)), allowed);
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(n)).await.unwrap(), Families::Dual);
         Self { data, seen, interface }
     }
 
     /// To be called in the side's namespace.
-    async fn check(&mut self) {
-        assert_eq!(self.data.counters(), Counters::default());
+    async fn check(&mut self, allowed: Capabilities) {
+        // Single sends fill the socket's buffer; TCP slows down by what is dropped then.
+        let counters = self.data.counters();
+        let unexpected =
+            |(reason, _): &(DropReason, u64)| allowed.udp_gso || *reason != DropReason::Backpressure;
+        assert_eq!(counters.iter().filter(unexpected).collect::<Vec<_>>(), []);
         let events = self.data.recv().await.unwrap();
         assert!(matches!(&events[0], WorkerEvent::Stun(stun) if stun.local.port() == 52_625));
         let all = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
@@ -546,7 +571,10 @@ impl Side {
         assert_eq!((fields[3], fields[11]), (0, 0), "drops: {line}");
         let (in_kernel, seen) = (fields[1] + fields[9], self.seen.load(Ordering::Relaxed));
         println!("{seen} packets through the worker were {in_kernel} in the kernel");
-        assert!(in_kernel * 4 < seen, "no super-packets: {in_kernel} in the kernel, {seen} here");
+        assert!(
+            in_kernel * 4 < seen || !allowed.tun_offload,
+            "no super-packets: {in_kernel} in the kernel, {seen} here"
+        );
     }
 }
 

@@ -12,7 +12,10 @@ use anyhow::{Context as _, Result};
 use gateway_proto::addr::MAX_INNER;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use super::coalesce::{Device, Offloads};
+use super::{
+    capabilities::Capabilities,
+    coalesce::{Device, Offloads},
+};
 
 /// Packets the kernel queues for us; 500, the default, loses packets at high rates over long paths.
 const QUEUE_LEN: u32 = 10_000;
@@ -28,10 +31,10 @@ impl Tun {
     ///
     /// # Errors
     /// One sentence: no right, no TUN driver, or another process has the device.
-    pub fn create(name: &str) -> Result<Self> {
-        let device = match build(name, true) {
+    pub fn create(name: &str, allowed: Capabilities) -> Result<Self> {
+        let device = match build(name, allowed.tun_offload) {
             Ok(device) => device,
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            Err(e) if allowed.tun_offload && e.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::info!("The kernel offers no offloads on TUN devices: {e}");
                 build(name, false).with_context(|| why(name, &e))?
             }
@@ -44,11 +47,18 @@ impl Tun {
         if let Err(e) = device.set_tx_queue_len(QUEUE_LEN) {
             tracing::info!("The queue of {name} keeps its length: {e}");
         }
-        let offloads = Offloads { vnet: device.tcp_gso(), uso: device.udp_gso() };
-        if offloads.vnet && !offloads.uso {
-            tracing::info!("The kernel offers no UDP segmentation on TUN devices (Linux 6.2 does)");
-        }
+        let offloads = Offloads { vnet: device.tcp_gso(), uso: device.udp_gso() && allowed.tun_uso };
         Ok(Self { device, offloads })
+    }
+
+    /// What the kernel agreed to; of the sockets' capabilities nothing is known here.
+    pub fn offered(&self) -> Capabilities {
+        // UDP segmentation needs Linux 6.2.
+        Capabilities {
+            tun_offload: self.device.tcp_gso(),
+            tun_uso: self.device.udp_gso(),
+            ..Capabilities::ALL
+        }
     }
 
     /// Whether packets are preceded by virtio headers.

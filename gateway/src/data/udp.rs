@@ -14,10 +14,15 @@ use gateway_common::{Counters, DropReason};
 use gateway_proto::{Datagram, Ecn, Transmit, addr::MAX_DATAGRAM};
 use nix::{
     setsockopt_impl, sockopt_impl,
-    sys::socket::{setsockopt, sockopt::ReceiveTimestampns},
+    sys::socket::{
+        setsockopt,
+        sockopt::{ReceiveTimestampns, UdpGroSegment},
+    },
 };
 use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
+
+use super::capabilities::Capabilities;
 
 /// What every socket towards the Internet is marked with, so that its packets skip the tunnel's routes.
 pub const MARK: u32 = 0xfd00_2021;
@@ -76,9 +81,9 @@ impl Sockets {
     ///
     /// # Errors
     /// Neither family works, or the mark that keeps our packets out of our own tunnel is refused.
-    pub fn open(sizes: BufferSizes) -> Result<Self> {
-        let v4 = DataSocket::open(Ipv4Addr::UNSPECIFIED.into(), sizes)?;
-        let v6 = DataSocket::open(Ipv6Addr::UNSPECIFIED.into(), sizes)?;
+    pub fn open(sizes: BufferSizes, allowed: Capabilities) -> Result<Self> {
+        let v4 = DataSocket::open(Ipv4Addr::UNSPECIFIED.into(), sizes, allowed)?;
+        let v6 = DataSocket::open(Ipv6Addr::UNSPECIFIED.into(), sizes, allowed)?;
         match (&v4, &v6) {
             (Err(v4), Err(v6)) => bail!("No UDP socket could be opened: IPv4: {v4}; IPv6: {v6}"),
             (Err(e), _) => tracing::info!("Going on without IPv4: {e}"),
@@ -95,6 +100,18 @@ impl Sockets {
     pub fn try_clone(&self) -> io::Result<Self> {
         let clone = |socket: &Option<DataSocket>| socket.as_ref().map(DataSocket::try_clone).transpose();
         Ok(Self { v4: clone(&self.v4)?, v6: clone(&self.v6)? })
+    }
+
+    /// What the kernel agreed to, in place of the sockets' part of `others`.
+    pub fn offered(&self, others: Capabilities) -> Capabilities {
+        let all = |ask: fn(&UdpSocketState) -> bool| {
+            [&self.v4, &self.v6].into_iter().flatten().all(|socket| ask(&socket.state))
+        };
+        Capabilities {
+            udp_gro: all(|state| state.gro_segments() > 1),
+            udp_gso: all(|state| state.max_gso_segments() > 1),
+            ..others
+        }
     }
 
     /// Sends one datagram of the control plane; STUN and TURN repeat what the kernel refuses.
@@ -123,11 +140,12 @@ pub struct DataSocket {
     pub(super) state: UdpSocketState,
     port: u16,
     v6: bool,
+    allowed: Capabilities,
 }
 
 impl DataSocket {
     /// The outer error ends the gateway; the inner one means that this family is not available.
-    fn open(ip: IpAddr, sizes: BufferSizes) -> Result<io::Result<Self>> {
+    fn open(ip: IpAddr, sizes: BufferSizes, allowed: Capabilities) -> Result<io::Result<Self>> {
         let domain = if ip.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
         let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
             Ok(socket) => socket,
@@ -137,10 +155,10 @@ impl DataSocket {
             "Failed to mark a UDP socket (SO_MARK), without which the tunnel would carry its own packets; \
              run as root or grant CAP_NET_ADMIN",
         )?;
-        Ok(Self::set_up(socket, ip, sizes))
+        Ok(Self::set_up(socket, ip, sizes, allowed))
     }
 
-    fn set_up(socket: Socket, ip: IpAddr, sizes: BufferSizes) -> io::Result<Self> {
+    fn set_up(socket: Socket, ip: IpAddr, sizes: BufferSizes, allowed: Capabilities) -> io::Result<Self> {
         if ip.is_ipv6() {
             socket.set_only_v6(true)?;
             if let Err(e) = setsockopt(&socket, Ipv6AddrPreferences, &PREFER_PUBLIC) {
@@ -152,20 +170,32 @@ impl DataSocket {
         }
         size_buffers(&socket, sizes);
         let socket = UdpSocket::from(socket);
-        let state = state_of(&socket)?;
+        let state = state_of(&socket, allowed)?;
         let port = socket.local_addr()?.port();
-        Ok(Self { socket, state, port, v6: ip.is_ipv6() })
+        Ok(Self { socket, state, port, v6: ip.is_ipv6(), allowed })
     }
 
     fn try_clone(&self) -> io::Result<Self> {
         let socket = self.socket.try_clone()?;
-        let state = state_of(&socket)?;
-        Ok(Self { socket, state, port: self.port, v6: self.v6 })
+        let state = state_of(&socket, self.allowed)?;
+        Ok(Self { socket, state, port: self.port, v6: self.v6, allowed: self.allowed })
     }
 
     /// The port the kernel gave us.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// May several datagrams be sent at once, and does the kernel know how?
+    pub fn segments(&self) -> bool {
+        self.allowed.udp_gso && self.state.max_gso_segments() > 1
+    }
+
+    /// A new state in place of one that quinn-udp has spoiled; see [`state_of`].
+    pub fn renew(&mut self) {
+        if let Ok(state) = state_of(&self.socket, self.allowed) {
+            self.state = state;
+        }
     }
 
     /// Which of the two it is.
@@ -185,9 +215,12 @@ impl AsFd for DataSocket {
 /// It also asks for receive timestamps, and its buffer for control messages (96 bytes) is too short for those
 /// together with what we need: of a GRO super-datagram the kernel then leaves out the TOS or traffic class, so that
 /// ECN is lost. So they are turned off again.
-pub(super) fn state_of(socket: &UdpSocket) -> io::Result<UdpSocketState> {
+fn state_of(socket: &UdpSocket, allowed: Capabilities) -> io::Result<UdpSocketState> {
     let state = UdpSocketState::new(socket.into())?;
     setsockopt(socket, ReceiveTimestampns, &false)?;
+    if !allowed.udp_gro {
+        setsockopt(socket, UdpGroSegment, &false)?;
+    }
     Ok(state)
 }
 

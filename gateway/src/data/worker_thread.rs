@@ -132,18 +132,17 @@ struct Figures {
 const STALLED_LOOKS: u32 = 2;
 
 impl WorkerThread {
-    /// Creates the TUN device and starts the thread.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// The device or the thread cannot be created.
+    /// It cannot be created.
     pub fn spawn(
         core: impl Core,
         sockets: Sockets,
-        tun_name: &str,
+        tun: Tun,
         commands: Arc<Commands>,
         events: Arc<Events>,
     ) -> Result<Self> {
-        let tun = Tun::create(tun_name)?;
         let shared = Arc::new(Shared::default());
         let ended = Ended { shared: shared.clone(), events: events.clone() };
         let thread = std::thread::Builder::new()
