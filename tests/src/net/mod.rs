@@ -8,6 +8,7 @@
 pub mod janitor;
 pub mod netns;
 pub mod process;
+mod readme;
 pub mod services;
 pub mod topology;
 pub mod wire;

@@ -17,7 +17,7 @@
 //!                                                                       172.20.0.101, fd00:db8:20::101
 //! ```
 //!
-//! The gateway's namespace is prepared as the package's init script does (cli-and-service.md 16.6).
+//! The gateway's namespace is prepared by the very lines that README.md gives an operator.
 
 pub mod direct;
 pub mod dual_stack;
@@ -32,6 +32,7 @@ use anyhow::Result;
 
 use super::{
     netns::NetNs,
+    readme,
     wire::{self, Link, Wire},
 };
 
@@ -318,22 +319,9 @@ fn lan(gateway: &NetNs) -> Result<NetNs> {
     Ok(host)
 }
 
-/// What `firezone-gateway-init` does (cli-and-service.md 16.6), in nftables; forwarding is accepted by default here.
+/// As README.md says; forwarding is accepted by default here.
 fn prepare_gateway(gateway: &NetNs) -> Result<()> {
-    gateway.sysctl(&[
-        "net.ipv4.ip_forward=1",
-        "net.ipv4.conf.all.src_valid_mark=1",
-        "net.ipv6.conf.all.disable_ipv6=0",
-        "net.ipv6.conf.all.forwarding=1",
-        "net.ipv6.conf.default.forwarding=1",
-    ])?;
-    gateway.nft(
-        r#"table inet firezone {
-          chain postrouting {
-            type nat hook postrouting priority srcnat; policy accept;
-            ip saddr 100.64.0.0/11 oifname { "e*", "w*" } masquerade
-            ip6 saddr fd00:2021:1111::/107 oifname { "e*", "w*" } masquerade
-          }
-        }"#,
-    )
+    let (settings, script) = readme::preparation()?;
+    gateway.sysctl(&settings)?;
+    gateway.nft(script)
 }
