@@ -1,4 +1,4 @@
-//! `cargo xtask setup`: what a fresh Debian 12 with rustup's stable toolchain, gcc, git and python3 lacks.
+//! `cargo xtask setup`: what a fresh Debian 12 with rustup's stable toolchain, gcc and git lacks.
 //!
 //! One table says what is needed, why, and how to see that it is there. Nothing is installed that is not missing, and
 //! nothing before it has been named. Services that Debian starts on installation are not started.
@@ -30,7 +30,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
 ];
 
 /// Their packages start these at installation and at every boot; the tests start their own in namespaces.
-const SERVICES: &[(&str, &str)] = &[("coturn", "coturn.service"), ("nginx-light", "nginx.service")];
+const SERVICES: &[(&str, &str)] = &[("coturn", "coturn"), ("nginx-light", "nginx")];
 
 /// Crate, version, what for. A version is named so that a new release cannot break a machine that is set up tomorrow.
 const BPF_LINKER: (&str, &str, &str) = ("bpf-linker", "0.13.0", "linking the kernel plane");
@@ -169,12 +169,11 @@ apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 "$@"
     shell.args(["-c", SCRIPT, "setup"]).args(packages).env("DEBIAN_FRONTEND", "noninteractive");
     run::run(&mut shell).context("cannot install the Debian packages named above")?;
     for service in SERVICES.iter().filter(|(package, _)| packages.contains(package)) {
-        if running_before.contains(&service) || run::find_program("systemctl").is_none() {
+        if running_before.contains(&service) {
             continue;
         }
         let (_, unit) = service;
-        // Works without a running systemd too; then there is nothing to stop.
-        if let Err(error) = run::run(run::command("systemctl").args(["disable", "--quiet", unit])) {
+        if let Err(error) = keep_from_booting(unit) {
             println!("setup: {unit} may start at the next boot: {error:#}");
         }
         if is_active(unit) {
@@ -182,6 +181,16 @@ apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 "$@"
         }
     }
     Ok(())
+}
+
+fn keep_from_booting(unit: &str) -> Result<()> {
+    if run::find_program("systemctl").is_some() {
+        // Works without a running systemd too, and takes the links of System V with it.
+        return run::run(run::command("systemctl").args(["disable", "--quiet", unit]));
+    }
+    // These two are on every Debian: one for what boots by /etc/rc?.d, one for a systemd that is installed later.
+    run::run(run::command("update-rc.d").args([unit, "disable"]))?;
+    run::run(run::command("deb-systemd-helper").args(["disable", &format!("{unit}.service")]))
 }
 
 fn is_active(unit: &str) -> bool {
