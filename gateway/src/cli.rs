@@ -15,8 +15,8 @@ Further environment variables:
   FIREZONE_UDP_RECV_BUFFER_SIZE, FIREZONE_UDP_SEND_BUFFER_SIZE
           Kernel buffers of the UDP sockets, in bytes
   FIREZONE_DISABLE
-          Batching to do without when looking for a fault: any of tun-offload, tun-uso, udp-gro, udp-gso, separated
-          by commas; the log says at start what is in use";
+          Offloads to do without when looking for a fault, separated by commas:
+          tun-offload, tun-uso, udp-gro, udp-gso; the log says at start what is in use";
 
 /// Connects clients to resources: WireGuard over direct UDP or TURN relays, under a portal's authorizations.
 #[derive(Debug, Parser)]
