@@ -188,9 +188,8 @@ fn keep_from_booting(unit: &str) -> Result<()> {
         // Works without a running systemd too, and takes the links of System V with it.
         return run::run(run::command("systemctl").args(["disable", "--quiet", unit]));
     }
-    // These two are on every Debian: one for what boots by /etc/rc?.d, one for a systemd that is installed later.
-    run::run(run::command("update-rc.d").args([unit, "disable"]))?;
-    run::run(run::command("deb-systemd-helper").args(["disable", &format!("{unit}.service")]))
+    // On every Debian. It turns the links in /etc/rc?.d off, and those of a systemd that may be installed later.
+    run::run(run::command("update-rc.d").args([unit, "disable"]))
 }
 
 fn is_active(unit: &str) -> bool {
