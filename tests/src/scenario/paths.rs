@@ -82,6 +82,22 @@ pub(super) fn relay_dies(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
+/// The direct way closes under a live connection. The client gives its pair up after 16.5 s (connections.md section
+/// 6.6) and goes on through the relay; the gateway must follow it there.
+pub(super) fn direct_way_closes(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    http_both(client)?;
+    cx.topology.block_direct()?;
+    crate::net::process::wait_for("HTTP over the relay", 45 * SECOND, || Ok(http_both(client).ok()))?;
+    let taken = lab.clients[0].path().context("the client named no path")?;
+    ensure!(taken.is_relayed(), "the path is {taken:?}");
+    cx.topology.allow_direct()?;
+    http_both(client)?;
+    lab.finish()
+}
+
 /// The portal offers relays only after the client has asked: the authorization waits, and is then served.
 pub(super) fn relay_arrives_late(cx: &mut Context) -> Result<()> {
     let mut lab = Lab::start(cx, &Options { hold_relays: true, ..Options::default() })?;

@@ -57,6 +57,7 @@ pub static SCENARIOS: &[Scenario] = &[
         20,
         paths::relay_arrives_late,
     ),
+    scenario("the direct way closes: the relay takes over", direct::plan, 90, paths::direct_way_closes),
     scenario("the client's network changes", direct::plan, 30, paths::client_roams),
     scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
     scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 60, paths::lossy),
