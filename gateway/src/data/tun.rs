@@ -111,8 +111,14 @@ fn build(name: &str, offload: bool) -> io::Result<SyncDevice> {
 
 fn why(name: &str, error: &io::Error) -> String {
     match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES) => {
+        Some(libc::EPERM) => {
             format!("Failed to create the TUN device {name}; run as root or grant CAP_NET_ADMIN")
+        }
+        // The capability is no permission to open the file.
+        Some(libc::EACCES) => {
+            format!(
+                "Failed to open /dev/net/tun for the TUN device {name}; let the gateway's user read and write it"
+            )
         }
         Some(libc::EBUSY) => format!("The TUN device {name} is in use by another process; stop that first"),
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
@@ -121,5 +127,24 @@ fn why(name: &str, error: &io::Error) -> String {
             )
         }
         _ => format!("Failed to create the TUN device {name}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_refusal_names_its_own_cure() {
+        let table = [
+            (libc::EPERM, "CAP_NET_ADMIN"),
+            (libc::EACCES, "/dev/net/tun"),
+            (libc::EBUSY, "another process"),
+            (libc::ENODEV, "modprobe tun"),
+        ];
+        for (errno, cure) in table {
+            let text = why("tun-x", &io::Error::from_raw_os_error(errno));
+            assert!(text.contains("tun-x") && text.contains(cure), "{errno}: {text}");
+        }
     }
 }
