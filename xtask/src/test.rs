@@ -61,6 +61,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     session.step("core model tests, with a fake clock", |session| session.model_tests());
     session.step("BPF object in the kernel", |session| session.bpf_tests(object));
     session.step("network scenarios", |session| session.scenarios(ready));
+    session.step("demo", |session| session.demo(ready));
     Ok(session.close())
 }
 
@@ -80,7 +81,7 @@ impl<'a> Session<'a> {
 
     /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
     fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
-        const STEPS: [usize; 2] = [12, 6];
+        const STEPS: [usize; 2] = [13, 7];
         self.steps += 1;
         let of = STEPS[usize::from(self.arguments.filter.is_some())];
         println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
@@ -158,13 +159,10 @@ impl<'a> Session<'a> {
     }
 
     fn scenarios(&self, ready: bool) -> Result<Outcome> {
-        if self.arguments.quick {
-            return Ok(Outcome::Skipped("left out by --quick".into()));
+        if let Some(reason) = self.no_network(ready) {
+            return Ok(Outcome::Skipped(reason.into()));
         }
-        if !ready {
-            return Ok(Outcome::Skipped("the programs that they need could not be installed".into()));
-        }
-        run::run(run::cargo().args(["build", "--release", "-p", "firezone-gateway", "-p", "gateway-tests"]))?;
+        build_release()?;
         let mut scenarios = run::command(run::target().join("release/gateway-tests"));
         scenarios.arg("scenarios");
         if let Some(filter) = &self.arguments.filter {
@@ -172,6 +170,34 @@ impl<'a> Session<'a> {
         }
         Ok(Outcome::Ran(tally::run(&mut scenarios)?))
     }
+
+    /// The README's first command, without what the steps before have done; its table is part of the output.
+    fn demo(&self, ready: bool) -> Result<Outcome> {
+        if let Some(reason) = self.no_network(ready) {
+            return Ok(Outcome::Skipped(reason.into()));
+        }
+        if self.arguments.filter.as_ref().is_some_and(|filter| !"demo".contains(filter.as_str())) {
+            return Ok(Outcome::Skipped("the filter leaves it out".into()));
+        }
+        if !run::is_root() {
+            return Ok(Outcome::Skipped("making network namespaces needs root".into()));
+        }
+        build_release()?;
+        let mut demo = run::command(run::target().join("release/gateway-tests"));
+        succeeded(passes(demo.arg("demo")))
+    }
+
+    /// Why nothing runs that needs the test network.
+    fn no_network(&self, ready: bool) -> Option<&'static str> {
+        if self.arguments.quick {
+            return Some("left out by --quick");
+        }
+        (!ready).then_some("the programs that it needs could not be installed")
+    }
+}
+
+fn build_release() -> Result<()> {
+    run::run(run::cargo().args(["build", "--release", "-p", "firezone-gateway", "-p", "gateway-tests"]))
 }
 
 fn formatting() -> Result<Outcome> {
