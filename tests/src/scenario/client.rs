@@ -13,8 +13,11 @@ use uuid::Uuid;
 
 use super::Context;
 use crate::{
-    net::process::{Process, Spawn},
-    standins::client::{Command, Config, Event, Generation, Path},
+    net::{
+        NetNs,
+        process::{Process, Spawn},
+    },
+    standins::client::{Command, Config, Event, Generation, Path, Stats},
 };
 
 /// The interface that a client makes in its namespace.
@@ -54,15 +57,28 @@ impl Client {
         token: &str,
         generation: Generation,
     ) -> Result<Self> {
-        let name = Self::name(index);
+        let config = Config {
+            generation,
+            port,
+            tun: INTERFACE.to_owned(),
+            ..Config::new(url, token, &Self::name(index))
+        };
+        Self::start_with(&config, cx, &cx.topology.clients[index].namespace)
+    }
+
+    /// Starts a client with any configuration in any namespace; its name there must be unique.
+    ///
+    /// # Errors
+    /// If the process cannot be started.
+    pub fn start_with(config: &Config, cx: &Context, namespace: &NetNs) -> Result<Self> {
+        let name = config.name.clone();
         let file = cx.logs.file(&format!("{name}.json"));
-        let config = Config { generation, port, tun: INTERFACE.to_owned(), ..Config::new(url, token, &name) };
-        std::fs::write(&file, serde_json::to_string(&config)?)?;
+        std::fs::write(&file, serde_json::to_string(config)?)?;
         let program = std::env::current_exe()?.display().to_string();
         let command = vec![program, "client".to_owned(), "--config".to_owned(), file.display().to_string()];
         let environment = vec![("RUST_LOG".to_owned(), "info".to_owned())];
         let what = Spawn { name: &name, command, environment, piped: true };
-        let mut process = Process::spawn(&cx.topology.clients[index].namespace, &cx.logs, &what)?;
+        let mut process = Process::spawn(namespace, &cx.logs, &what)?;
         let (commands, events) = process.pipes().context("pipes")?;
         let (sender, arriving) = mpsc::channel();
         std::thread::Builder::new().name(format!("{name} events")).spawn(move || {
@@ -149,6 +165,28 @@ impl Client {
             Event::Path { kind, .. } => Some(*kind),
             _ => None,
         })
+    }
+
+    /// The client's counters, now.
+    ///
+    /// # Errors
+    /// If it does not answer within a second.
+    pub fn stats(&mut self) -> Result<Stats> {
+        self.drain();
+        self.events.retain(|event| !matches!(event, Event::Stats(_)));
+        self.command(&Command::Stats)?;
+        self.wait_for("stats", Duration::from_secs(1), |event| matches!(event, Event::Stats(_)))?;
+        let stats = self.events.iter().rev().find_map(|event| match event {
+            Event::Stats(stats) => Some(stats.clone()),
+            _ => None,
+        });
+        stats.context("the counters that were just waited for")
+    }
+
+    /// What it has said since [`Client::forget_events`].
+    pub fn events(&mut self) -> &[Event] {
+        self.drain();
+        &self.events
     }
 
     /// Forgets what was said so far, so that the next `wait` means something new.

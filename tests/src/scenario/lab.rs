@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Where the portal listens.
-const PORTAL_PORT: u16 = 8081;
+pub const PORTAL_PORT: u16 = 8081;
 
 /// How long one step of a set-up may take. A lost TURN request is repeated after 1 s, a lost WireGuard handshake
 /// message only after 5 s and a bit, and on a lossy path two may be lost.
@@ -52,6 +52,27 @@ pub struct Options {
     pub expiry: Option<Duration>,
     /// What can be authorized.
     pub resources: Vec<Resource>,
+    /// Where the portal listens.
+    pub listen: SocketAddr,
+    /// How the daemon is told to reach the portal, if not by the address that it listens on.
+    pub gateway_url: Option<String>,
+    /// How the clients are.
+    pub client_url: Option<String>,
+    /// How the daemon is started.
+    pub launch: Launch,
+    /// How long each step of coming up may take.
+    pub patience: Duration,
+}
+
+/// How the daemon is started, where that differs from root with environment variables.
+#[derive(Clone, Default)]
+pub struct Launch {
+    /// Programs and their arguments in front of the daemon, that become it: `setpriv ... --`.
+    pub wrapper: Vec<String>,
+    /// Further variables; they replace the usual ones of the same name.
+    pub environment: Vec<(&'static str, String)>,
+    /// Usual variables that are left out.
+    pub without: &'static [&'static str],
 }
 
 impl Default for Options {
@@ -63,6 +84,11 @@ impl Default for Options {
             hold_relays: false,
             expiry: Some(Duration::from_secs(3600)),
             resources: vec![lan4(), lan6()],
+            listen: SocketAddr::new(PORTAL.into(), PORTAL_PORT),
+            gateway_url: None,
+            client_url: None,
+            launch: Launch::default(),
+            patience: PATIENCE,
         }
     }
 }
@@ -97,6 +123,8 @@ pub struct Lab {
     pub portal: Portal,
     /// coturns, by index of their node.
     pub relays: Vec<Relay>,
+    /// What coturn and portal share.
+    pub relay_secret: String,
     /// The LAN host's servers.
     pub lan: LanServers,
     /// What the daemon presents to the portal.
@@ -130,7 +158,7 @@ impl Lab {
         }
         let lan = LanServers::start(&topology.lan, &cx.logs, cx.big.clone())?;
         let config = portal::Config {
-            listen: SocketAddr::new(PORTAL.into(), PORTAL_PORT),
+            listen: options.listen,
             generation: options.portal,
             gateway_token: format!("gateway-token.{}", Uuid::new_v4()),
             client_token: format!("client-token.{}", Uuid::new_v4()),
@@ -142,43 +170,72 @@ impl Lab {
         };
         let (gateway_token, client_token) = (config.gateway_token.clone(), config.client_token.clone());
         let portal = Portal::start(Some(&topology.portal.namespace.path()), config)?;
-        let gateway = start_gateway(cx, "gateway", &gateway_token, &portal.url(), options.rust_log)?;
-        portal.wait_online(Role::Gateway, 1, PATIENCE)?;
+        let url = options.gateway_url.clone().unwrap_or_else(|| portal.url());
+        let mut gateway = launch(cx, "gateway", &gateway_token, &url, options.rust_log, &options.launch)?;
+        if let Err(error) = portal.wait_online(Role::Gateway, 1, options.patience) {
+            return Err(match gateway.poll() {
+                Some(status) => error.context(format!("the gateway has ended: {status}")),
+                None => error,
+            });
+        }
         let mut lab = Self {
             clients: Vec::new(),
             gateway,
             portal,
             relays,
+            relay_secret: secret,
             lan,
             gateway_token,
             client_token,
             expected_warnings: Vec::new(),
         };
         for index in 0..topology.clients.len() {
-            let client = Client::start(cx, index, &lab.portal.url(), &lab.client_token, options.client)?;
+            let url = options.client_url.clone().unwrap_or_else(|| lab.portal.url());
+            let client = Client::start(cx, index, &url, &lab.client_token, options.client)?;
             lab.clients.push(client);
         }
         for client in &mut lab.clients {
-            client.wait_joined(PATIENCE)?;
+            client.wait_joined(options.patience)?;
             if !options.hold_relays {
-                client.wait_relay(PATIENCE)?;
+                client.wait_relay(options.patience)?;
             }
         }
         Ok(lab)
     }
 
+    /// Kills coturn `index` and starts it again on the same addresses: it knows nobody any more.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn restart_relay(&mut self, cx: &Context, index: usize) -> Result<()> {
+        self.relays[index].process().signal(Signal::KILL)?;
+        self.relays[index].process().wait(Duration::from_secs(2))?;
+        let (node, addresses) = (&cx.topology.relays[index], cx.topology.relay_addresses(index));
+        let name = format!("relay{index}-again");
+        self.relays[index] = Relay::start(&node.namespace, &cx.logs, &name, &addresses, &self.relay_secret)?;
+        Ok(())
+    }
+
     /// Client `index` requests each resource and is connected.
     ///
     /// # Errors
-    /// If that takes longer than 5 s.
+    /// If one of its steps takes longer than [`PATIENCE`].
     pub fn connect(&mut self, index: usize, resources: &[Resource]) -> Result<()> {
+        self.connect_within(index, resources, PATIENCE)
+    }
+
+    /// The same with another limit for each step.
+    ///
+    /// # Errors
+    /// If a step takes longer than `limit`.
+    pub fn connect_within(&mut self, index: usize, resources: &[Resource], limit: Duration) -> Result<()> {
         for resource in resources {
             self.clients[index].request(resource.id)?;
         }
         for resource in resources {
-            self.clients[index].wait_authorized(resource.id, PATIENCE)?;
+            self.clients[index].wait_authorized(resource.id, limit)?;
         }
-        self.clients[index].wait_established(PATIENCE)
+        self.clients[index].wait_established(limit)
     }
 
     /// The id of client `index` at the portal.
@@ -233,6 +290,21 @@ impl Lab {
 /// # Errors
 /// If the binary does not exist.
 pub fn start_gateway(cx: &Context, log: &str, token: &str, url: &str, rust_log: &str) -> Result<Process> {
+    launch(cx, log, token, url, rust_log, &Launch::default())
+}
+
+/// The same in another way.
+///
+/// # Errors
+/// If the binary does not exist.
+pub fn launch(
+    cx: &Context,
+    log: &str,
+    token: &str,
+    url: &str,
+    rust_log: &str,
+    launch: &Launch,
+) -> Result<Process> {
     ensure!(
         cx.gateway.exists(),
         "{} does not exist; build it with `cargo build --bin firezone-gateway`",
@@ -249,8 +321,11 @@ pub fn start_gateway(cx: &Context, log: &str, token: &str, url: &str, rust_log: 
         ("RUST_BACKTRACE", "1"),
         ("NO_COLOR", "1"),
     ];
-    let environment = environment.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec();
-    let command = vec![cx.gateway.display().to_string()];
+    let usual = environment.iter().filter(|(key, _)| !launch.without.contains(key));
+    let mut environment: Vec<(String, String)> =
+        usual.map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+    environment.extend(launch.environment.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+    let command = launch.wrapper.iter().cloned().chain([cx.gateway.display().to_string()]).collect();
     Process::spawn(
         &cx.topology.gateway.namespace,
         &cx.logs,
@@ -352,6 +427,18 @@ pub fn first_http_byte(namespace: &NetNs, address: IpAddr, limit: Duration) -> R
     })
 }
 
+/// Status and body of a GET at the daemon's health port, seen from its own namespace.
+///
+/// # Errors
+/// If curl does not end.
+pub fn health(cx: &Context, path: &str) -> Result<(u16, String)> {
+    let url = format!("http://127.0.0.1:8080{path}");
+    let said = curl(&cx.topology.gateway.namespace, &["-w", "\n%{http_code}", &url])?;
+    let (body, status) = said.stdout.rsplit_once('\n').unwrap_or_default();
+    // 000 is what curl prints when nobody listens.
+    Ok((status.parse().unwrap_or(0), body.to_owned()))
+}
+
 /// A download that runs on the side and grows a file.
 pub struct Download {
     /// The curl process.
@@ -365,8 +452,23 @@ impl Download {
     /// # Errors
     /// If curl cannot be started or brings nothing within 3 s.
     pub fn start(cx: &Context, namespace: &NetNs, name: &str, url: &str) -> Result<Self> {
+        Self::begin(cx, namespace, name, &[url])
+    }
+
+    /// Fetches the first `length` bytes of `/slow` into a file named `name`.
+    ///
+    /// # Errors
+    /// If curl cannot be started or brings nothing within 3 s.
+    pub fn start_part(cx: &Context, namespace: &NetNs, name: &str, length: usize) -> Result<Self> {
+        let range = format!("0-{}", length - 1);
+        Self::begin(cx, namespace, name, &["-r", &range, &format!("http://{}/slow", LAN_HOST.0)])
+    }
+
+    fn begin(cx: &Context, namespace: &NetNs, name: &str, arguments: &[&str]) -> Result<Self> {
         let file = cx.logs.file(name);
-        let command = ["curl", "-sS", "-o", &file.display().to_string(), url].map(str::to_owned).to_vec();
+        let path = file.display().to_string();
+        let command = ["curl", "-sS", "-f", "-o", &path].into_iter().chain(arguments.iter().copied());
+        let command = command.map(str::to_owned).collect();
         let name = format!("curl-{name}");
         let process =
             Process::spawn(namespace, &cx.logs, &Spawn { name: &name, command, ..Spawn::default() })?;
@@ -375,6 +477,19 @@ impl Download {
             Ok((download.length() > 0).then_some(()))
         })?;
         Ok(download)
+    }
+
+    /// Waits for the end; what came must be the first `length` bytes of the big file.
+    ///
+    /// # Errors
+    /// If it takes longer than `limit`, curl fails, or one byte differs.
+    pub fn finish_part(mut self, cx: &Context, length: usize, limit: Duration) -> Result<()> {
+        let status = self.process.wait(limit).with_context(|| format!("{} bytes came", self.length()))?;
+        ensure!(status.success(), "curl ended with {status}: {}", self.process.log());
+        let (came, sent) = (std::fs::read(&self.file)?, std::fs::read(&cx.big.path)?);
+        ensure!(came.len() == length, "{} bytes came instead of {length}", came.len());
+        ensure!(came == sent[..length], "what came is not what was sent");
+        Ok(())
     }
 
     /// Bytes so far.

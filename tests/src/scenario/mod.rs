@@ -5,9 +5,13 @@
 
 mod access;
 pub mod client;
+mod crowd;
 pub mod lab;
+mod links;
 mod network;
 mod paths;
+mod relays;
+mod start;
 mod table;
 pub mod transfers;
 mod trouble;

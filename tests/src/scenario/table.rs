@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Scenario, access, network, paths, transfers, trouble};
+use super::{Scenario, access, crowd, links, network, paths, relays, start, transfers, trouble};
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
 const fn scenario(
@@ -41,6 +41,14 @@ pub static SCENARIOS: &[Scenario] = &[
         20,
         trouble::operator_errors,
     ),
+    scenario("without CAP_NET_ADMIN: one sentence", direct::plan, 20, start::no_capability),
+    scenario("CAP_NET_ADMIN and nothing else, as nobody", direct::plan, 20, start::one_capability),
+    scenario("the token as a systemd credential", direct::plan, 20, start::credential),
+    scenario("/readyz before, with and without a portal", direct::plan, 20, start::readiness),
+    scenario("a portal with a private certificate authority", direct::plan, 30, start::private_authority),
+    scenario("a portal by name, and its name server moves", direct::plan, 40, start::portal_by_name),
+    scenario("a gateway without IPv6", direct::plan, 30, start::without_ipv6),
+    scenario("a gateway without IPv4", dual_stack::plan, 30, start::without_ipv4),
     scenario("direct: ping and HTTP over IPv4 and IPv6", direct::plan, 20, paths::direct),
     scenario("relayed: ping and HTTP over IPv4 and IPv6", relay_only::plan, 20, paths::relayed),
     scenario("dual stack, direct: ping and HTTP", dual_stack::plan, 20, paths::direct),
@@ -49,6 +57,9 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("symmetric NAT on both sides: relayed", symmetric_nat::plan, 20, paths::relayed),
     scenario("two relays: ping and HTTP", two_relays::plan, 20, paths::relayed),
     scenario("two relays: the one in use dies", two_relays::plan, 60, paths::relay_dies),
+    scenario("the relay is started again and knows nobody", relay_only::plan, 100, relays::restarted),
+    scenario("a relay is replaced while traffic flows", two_relays::plan, 60, relays::replaced),
+    scenario("all relays go and come back, the direct path stays", direct::plan, 60, relays::all_gone),
     scenario("Nov-2025 client and portal: direct", direct::plan, 20, paths::nov25),
     scenario("Nov-2025 client at a portal of today: relayed", relay_only::plan, 20, paths::nov25_client),
     scenario(
@@ -59,8 +70,13 @@ pub static SCENARIOS: &[Scenario] = &[
     ),
     scenario("the direct way closes: the relay takes over", direct::plan, 90, paths::direct_way_closes),
     scenario("the client's network changes", direct::plan, 30, paths::client_roams),
+    scenario("the client's network changes mid-transfer", direct::plan, 60, relays::roams_mid_transfer),
     scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
     scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 60, paths::lossy),
+    scenario("a fifth of all packets is lost: TCP", links::fifth_lost_plan, 120, links::fifth_lost),
+    scenario("50 ms: throughput and order", links::far_plan, 60, links::far),
+    scenario("refused ports are refused at once", direct::plan, 30, links::refusals),
+    scenario("congestion marks cross the tunnel", direct::plan, 60, links::congestion_marks),
     scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes),
     scenario(
         "relayed: TCP, 100 MB each way, same checksum",
@@ -72,6 +88,7 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp),
     scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
+    scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent),
     scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop),
     scenario("portal refuses: busy, then the token", direct::plan, 60, trouble::portal_refuses),
     scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one),
@@ -100,6 +117,9 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance),
     scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate),
     scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart),
+    scenario("a gateway is killed and started again, direct", direct::plan, 60, relays::gateway_killed),
+    scenario("a gateway is killed and started again, relayed", relay_only::plan, 60, relays::gateway_killed),
+    scenario("a hundred clients at once", crowd::plan, 120, crowd::all_at_once),
     scenario("no secret in the TRACE log, direct", direct::plan, 40, trouble::no_secret_in_trace),
     scenario("no secret in the TRACE log, relayed", relay_only::plan, 40, trouble::no_secret_in_trace),
 ];

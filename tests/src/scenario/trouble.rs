@@ -82,6 +82,24 @@ pub(super) fn sockets_drop(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
+/// The portal's socket is open but says nothing: unanswered heartbeats end it, and the next one works.
+pub(super) fn portal_silent(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let silent = lab.portal.mark();
+    let since = std::time::Instant::now();
+    lab.portal.set_silent(true);
+    let left = |entry: &Entry| entry.peer == Role::Gateway && entry.dir == Direction::Disconnect;
+    lab.portal.wait_since(silent, 50 * SECOND, left).context("the gateway leaves a silent portal")?;
+    let noticed = since.elapsed();
+    lab.portal.set_silent(false);
+    lab.portal.wait_since(silent, 20 * SECOND, |entry| entry.to_gateway("init"))?;
+    println!("      left the silent portal after {:.1} s", noticed.as_secs_f64());
+    ensure!(noticed > 10 * SECOND, "one heartbeat without an answer is no silence: {noticed:?}");
+    ping_both(&cx.topology.clients[0].namespace)?;
+    lab.finish()
+}
+
 /// SIGTERM: every client hears goodbye, the exit code is 0, and nothing takes long.
 pub(super) fn terminate(cx: &mut Context) -> Result<()> {
     let mut lab = Lab::start(cx, &Options::default())?;
@@ -197,7 +215,7 @@ pub(super) fn operator_errors(cx: &mut Context) -> Result<()> {
 }
 
 /// The last line names `needle`; before it there is at most what a good start says too.
-fn is_one_sentence(said: &str, needle: &str) -> Result<()> {
+pub(super) fn is_one_sentence(said: &str, needle: &str) -> Result<()> {
     let lines: Vec<&str> = said.trim_end().lines().collect();
     let (last, before) = lines.split_last().context("silence")?;
     ensure!(last.contains(needle), "the last line does not name {needle}: {last}");

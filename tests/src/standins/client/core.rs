@@ -443,6 +443,10 @@ impl Client {
             }
         }
         for (gateway, reason) in failed {
+            let relay = self.connections.get(&gateway).and_then(|c| self.net.relays.get_mut(&c.relay));
+            if let Some(turn) = relay {
+                turn.verify(now);
+            }
             self.close(gateway, &reason);
         }
         self.net.drain_relays();

@@ -406,6 +406,14 @@ impl Turn {
 
     // ---- orders -------------------------------------------------------------------------------
 
+    /// A connection over this relay has failed: asks whether the allocation is still there.
+    pub(super) fn verify(&mut self, now: Instant) {
+        let server = self.active.as_ref().map(|active| active.server);
+        if let (Some(server), true) = (server, self.allocation.is_some()) {
+            self.ask(What::Refresh { keep: true }, server, now);
+        }
+    }
+
     /// Wants to exchange datagrams with `peer` through the relay.
     pub(super) fn bind(&mut self, peer: SocketAddr, now: Instant) {
         if self.by_peer.contains_key(&peer) {

@@ -1,0 +1,186 @@
+//! Relays come and go while clients use them, and clients while relays remember them.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+
+use super::{
+    Context,
+    lab::{Download, Lab, Options, health, host, host_2, http_both, lan4, lan6, ping, start_gateway},
+};
+use crate::{
+    net::{
+        process::wait_for,
+        topology::{LAN_HOST, LAN_HOST_2},
+    },
+    standins::{
+        client::{Command, Event},
+        portal::Relay,
+    },
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A transfer of this many bytes takes six seconds at the pace of `/slow`.
+const PART: usize = 30_000_000;
+
+/// The relay in use is killed and started again: all allocations are lost, and nobody tells the gateway.
+pub(super) fn restarted(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options { rust_log: "info,gateway_proto=debug", ..Options::default() })?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    http_both(client)?;
+    lab.clients[0].forget_events();
+    let gone = Instant::now();
+    lab.restart_relay(cx, 0)?;
+    // Until somebody notices, packets go nowhere; then the client closes the connection and asks again, as a user's
+    // next packet would make a real one do.
+    lab.clients[0]
+        .wait_for("closed", 30 * SECOND, |event| matches!(event, Event::Closed { .. }))
+        .context("the client does not notice")?;
+    println!("      noticed {:.1} s after the relay's restart", gone.elapsed().as_secs_f64());
+    reconnect(&mut lab, 0, 45 * SECOND)?;
+    wait_for("HTTP again", 5 * SECOND, || Ok(http_both(client).ok()))?;
+    println!("      HTTP again {:.1} s after the relay's restart", gone.elapsed().as_secs_f64());
+    lab.finish()
+}
+
+/// Asks for the LAN every second until there is a session.
+fn reconnect(lab: &mut Lab, index: usize, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        lab.clients[index].forget_events();
+        for resource in [lan4(), lan6()] {
+            lab.clients[index].request(resource.id)?;
+        }
+        match lab.clients[index].wait_established(5 * SECOND) {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => {}
+        }
+    }
+}
+
+/// `relays_presence` takes the relay in use away and offers another one, back and forth, while a transfer runs. Both
+/// relays live on, so that every byte can arrive.
+pub(super) fn replaced(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options { resources: vec![host()], ..Options::default() })?;
+    lab.connect(0, &[host()])?;
+    let client = &cx.topology.clients[0].namespace;
+    let mut offers: Vec<Relay> = Vec::new();
+    lab.portal.configure(|config| offers = config.relays.clone());
+    let transfer = Download::start_part(cx, client, "transfer", PART)?;
+    transfer.wait_growth(2 * SECOND)?;
+    for remaining in [&offers[1], &offers[0]] {
+        // First both, then one: nobody is ever without.
+        lab.portal.set_relays(offers.clone());
+        std::thread::sleep(SECOND / 2);
+        lab.portal.set_relays(vec![remaining.clone()]);
+        transfer.wait_growth(10 * SECOND).context("after a relay was replaced")?;
+        std::thread::sleep(SECOND / 2);
+    }
+    transfer.finish_part(cx, PART, 30 * SECOND)?;
+    lab.finish()
+}
+
+/// The portal takes all relays away: `no_relays` is sent, the direct connection lives on. They come back: new requests
+/// are served.
+pub(super) fn all_gone(cx: &mut Context) -> Result<()> {
+    let options = Options {
+        resources: vec![host(), host_2()],
+        rust_log: "info,gateway_proto=debug",
+        ..Options::default()
+    };
+    let mut lab = Lab::start(cx, &options)?;
+    lab.connect(0, &[host()])?;
+    let client = &cx.topology.clients[0].namespace;
+    let usable = |expected: bool| {
+        let text = format!("\"relay_usable\":{expected}");
+        wait_for(&format!("/readyz to say {text}"), 5 * SECOND, || {
+            Ok(health(cx, "/readyz")?.1.contains(&text).then_some(()))
+        })
+    };
+    usable(true)?;
+    let transfer = Download::start_part(cx, client, "transfer", PART)?;
+    let mut offers = Vec::new();
+    lab.portal.configure(|config| offers = config.relays.clone());
+    let taken = lab.portal.mark();
+    lab.portal.set_relays(Vec::new());
+    lab.portal.wait_since(taken, 2 * SECOND, |entry| entry.from_gateway("no_relays"))?;
+    usable(false)?;
+    transfer.wait_growth(2 * SECOND).context("without relays")?;
+    // More than the 2 s after which a connection that lost its path is given up.
+    std::thread::sleep(3 * SECOND);
+    transfer.wait_growth(2 * SECOND).context("3 s without relays")?;
+    lab.clients[0].forget_events();
+    lab.portal.set_relays(offers);
+    usable(true)?;
+    lab.clients[0].request(host_2().id)?;
+    // The client waits 5 s for a relay of its own before it asks without; for a direct connection it needs none.
+    lab.clients[0].wait_authorized(host_2().id, 8 * SECOND)?;
+    ping(client, LAN_HOST_2.0.into()).context("a resource granted after the relays came back")?;
+    transfer.finish_part(cx, PART, 30 * SECOND)?;
+    ensure!(lab.gateway.poll().is_none(), "the gateway lives");
+    lab.finish()
+}
+
+/// The client gets another address in the middle of a transfer: new key, new login, same tunnel address. The transfer
+/// stands still and then goes on to its last byte.
+pub(super) fn roams_mid_transfer(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options { resources: vec![host()], ..Options::default() })?;
+    lab.connect(0, &[host()])?;
+    let client = &cx.topology.clients[0].namespace;
+    let transfer = Download::start_part(cx, client, "transfer", PART)?;
+    transfer.wait_growth(2 * SECOND)?;
+    for (old, new) in [(2, 3), (3, 4)] {
+        client.ip_batch(&[
+            format!("addr del 192.0.2.{old}/26 dev eth0"),
+            format!("addr add 192.0.2.{new}/26 dev eth0"),
+            "route replace default via 192.0.2.1".to_owned(),
+        ])?;
+        lab.clients[0].forget_events();
+        lab.clients[0].command(&Command::Roam)?;
+        lab.clients[0].wait_established(10 * SECOND)?;
+        transfer.wait_growth(10 * SECOND).with_context(|| format!("from 192.0.2.{new}"))?;
+    }
+    transfer.finish_part(cx, PART, 30 * SECOND)?;
+    lab.finish()
+}
+
+/// The gateway is killed without a chance to clean up, and started again while the client stays: its rules are adopted,
+/// not doubled, and the client comes back.
+pub(super) fn gateway_killed(cx: &mut Context) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    http_both(client)?;
+    ensure!(rules(cx)? == [1, 1], "rules while it runs: {:?}", rules(cx)?);
+    lab.gateway.signal(Signal::KILL)?;
+    lab.gateway.wait(2 * SECOND)?;
+    ensure!(rules(cx)? == [1, 1], "rules of a killed gateway: {:?}", rules(cx)?);
+    lab.clients[0].forget_events();
+    let (killed, mark) = (Instant::now(), lab.portal.mark());
+    lab.gateway = start_gateway(cx, "gateway-again", &lab.gateway_token, &lab.portal.url(), "info")?;
+    lab.portal.wait_since(mark, 10 * SECOND, |entry| entry.to_gateway("init"))?;
+    // As the first packet after the outage would: the portal grants anew, with the new gateway's key.
+    reconnect(&mut lab, 0, 30 * SECOND)?;
+    wait_for("HTTP again", 10 * SECOND, || Ok(http_both(client).ok()))?;
+    println!("      HTTP again {:.1} s after SIGKILL", killed.elapsed().as_secs_f64());
+    ensure!(rules(cx)? == [1, 1], "rules after the restart: {:?}", rules(cx)?);
+    ping(client, LAN_HOST.0.into())?;
+    lab.terminate(3 * SECOND)?;
+    ensure!(rules(cx)? == [0, 0], "rules that are left behind: {:?}", rules(cx)?);
+    Ok(())
+}
+
+/// How many rules of priority 100 there are, IPv4 and IPv6.
+fn rules(cx: &Context) -> Result<[usize; 2]> {
+    let count = |family: &str| -> Result<usize> {
+        let command = ["ip", family, "rule", "list", "priority", "100"];
+        let said =
+            crate::net::process::run(&cx.topology.gateway.namespace, 2 * SECOND, &command)?.success()?;
+        Ok(said.lines().filter(|line| !line.trim().is_empty()).count())
+    };
+    Ok([count("-4")?, count("-6")?])
+}
