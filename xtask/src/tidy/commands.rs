@@ -31,7 +31,7 @@ pub fn unknown_subcommands() -> Result<Vec<String>> {
 pub fn unknown_options() -> Result<Vec<String>> {
     let cli = read("gateway/src/cli.rs")?;
     let mut sources = cli.clone();
-    for file in ["gateway/src/main.rs", "gateway/src/identity.rs"] {
+    for file in ["gateway/src/main.rs", "gateway/src/identity.rs", "gateway/src/data/capabilities.rs"] {
         sources.push_str(&read(file)?);
     }
     let readme = read("README.md")?;
