@@ -124,6 +124,8 @@ drop_reasons! {
     TunWrite => "tun_write",
     /// The kernel refused a datagram.
     UdpSend => "udp_send",
+    /// The ring to the worker that owns the client is full, or a packet found no owner on its way between workers.
+    HandoverFull => "handover_full",
     /// The way out is full.
     Backpressure => "backpressure",
     /// The budget for generated ICMP messages of this client is used up.

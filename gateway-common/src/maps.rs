@@ -9,6 +9,10 @@ pub const ABI_VERSION: u32 = 1;
 /// The read-only section (and map) in which the object keeps its [`ABI_VERSION`], 4 bytes, native order.
 pub const ABI_SECTION: &str = ".rodata.abi";
 
+/// How many workers there may be: worker numbers are below it, and maps that hold something per worker have this many
+/// entries.
+pub const MAX_WORKERS: usize = 64;
+
 /// Calls `$then!` with the list of maps: `/// doc`, `NAME: kind<key, value>[capacity];` each.
 ///
 /// Keys and values are named by their full path, because the list is expanded in other crates.

@@ -79,6 +79,7 @@ impl Runtime {
                 .duration_since(UNIX_EPOCH)
                 .context("The system clock is before 1970; set it")?,
             now: Instant::now(),
+            workers: control::Workers::ONE,
         });
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;

@@ -9,7 +9,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     addr::TunnelAddrs,
-    ids::{ClientId, ConnectionIndex},
+    ids::{ClientId, ConnectionIndex, WorkerId},
     portal::messages::Resource,
 };
 
@@ -18,10 +18,13 @@ use crate::{
 pub enum Command {
     /// Our own tunnel addresses (from `init`).
     OwnAddrs(TunnelAddrs),
-    /// What a client is; `None` once it has no authorization left.
+    /// What a client is; `None` once it has no authorization left. Every worker hears it, so that each can tell whose
+    /// a packet is that reached it.
     Client {
         /// Whose state this is: the coalescing key.
         id: ClientId,
+        /// Who holds it.
+        home: Home,
         /// The state.
         desired: Option<Arc<ClientState>>,
     },
@@ -38,6 +41,24 @@ pub enum Command {
     },
     /// Say goodbye to every client and forget them (graceful shutdown).
     Shutdown,
+}
+
+/// Which worker holds a client's state: exactly one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Home {
+    /// The owner.
+    pub worker: WorkerId,
+    /// While the client moves: who gives its sessions to `worker`. Control names it from the order to move until it
+    /// has heard [`WorkerEvent::Adopted`], and does not order another move before.
+    pub from: Option<WorkerId>,
+}
+
+impl Home {
+    /// A client of `worker` that does not move.
+    #[must_use]
+    pub fn at(worker: WorkerId) -> Self {
+        Self { worker, from: None }
+    }
 }
 
 /// All that a worker knows of one client.
@@ -132,6 +153,13 @@ pub enum WorkerEvent {
         /// Which connection.
         index: ConnectionIndex,
     },
+    /// A client that moved has arrived, with whatever sessions it had.
+    Adopted {
+        /// Whose.
+        id: ClientId,
+        /// Where it is now.
+        worker: WorkerId,
+    },
     /// Channels that carried data since the last such event, at most one event a second.
     ChannelsUsed(Vec<ChannelUse>),
 }
@@ -152,6 +180,8 @@ pub struct ChannelUse {
 /// A STUN message on its way to control.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StunDatagram {
+    /// The worker whose socket it reached: where the kernel brings this path's packets when nothing steers them.
+    pub heard_by: WorkerId,
     /// Our address and port it arrived on.
     pub local: SocketAddr,
     /// The sender; for a relayed message the channel's peer.

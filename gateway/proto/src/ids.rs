@@ -65,3 +65,31 @@ impl ConnectionIndex {
         self.0
     }
 }
+
+/// One worker of the data plane: its number, below [`MAX_WORKERS`](gateway_common::maps::MAX_WORKERS).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct WorkerId(u8);
+
+impl WorkerId {
+    /// The first worker, which is always there.
+    pub const FIRST: Self = Self(0);
+
+    /// `None` unless `number` is below [`MAX_WORKERS`](gateway_common::maps::MAX_WORKERS).
+    #[must_use]
+    pub fn new(number: usize) -> Option<Self> {
+        u8::try_from(number).ok().filter(|_| number < gateway_common::maps::MAX_WORKERS).map(Self)
+    }
+
+    /// The number, for indexing.
+    #[inline]
+    #[must_use]
+    pub fn get(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}

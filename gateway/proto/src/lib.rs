@@ -27,8 +27,8 @@ pub mod relay;
 pub mod worker;
 
 pub use command::{Command, WorkerEvent};
-pub use ids::{ClientId, ConnectionIndex, RelayId, ResourceId};
-pub use sink::{Datagram, Ecn, Route, Sink, Transmit};
+pub use ids::{ClientId, ConnectionIndex, RelayId, ResourceId, WorkerId};
+pub use sink::{Datagram, Ecn, Handover, Passed, Route, Sink, Transmit};
 
 /// True in a build whose WireGuard clock is set by tests (feature `mock-instant`); the daemon refuses to be built so.
 pub const MOCK_CLOCK: bool = cfg!(feature = "mock-instant");

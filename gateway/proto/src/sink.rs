@@ -5,6 +5,8 @@
 
 use std::net::SocketAddr;
 
+use crate::{ids::WorkerId, worker::Moved};
+
 /// The ECN codepoint of an IP header (RFC 3168 section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[repr(u8)]
@@ -69,6 +71,26 @@ pub struct Transmit {
     pub payload: Vec<u8>,
 }
 
+/// What reached a worker and belongs to a client of another.
+#[derive(Debug, Clone, Copy)]
+pub struct Handover<'a> {
+    /// How many workers have passed it on; a client that moves may be met one worker late.
+    pub hops: u8,
+    /// The thing itself.
+    pub what: Passed<'a>,
+}
+
+/// See [`Handover`].
+#[derive(Debug, Clone, Copy)]
+pub enum Passed<'a> {
+    /// A datagram as received, ChannelData header included.
+    Datagram(Datagram<'a>),
+    /// The same, an initiation whose MAC1 and budget have been checked where it arrived.
+    Initiation(Datagram<'a>),
+    /// An IP packet from the TUN device, checksums complete.
+    Packet(&'a [u8]),
+}
+
 /// Where a worker's output goes: two reserve-then-commit queues.
 ///
 /// A reservation that is not committed is forgotten by the next one of its kind. Both queues keep order within a
@@ -82,4 +104,9 @@ pub trait Sink {
     fn reserve_datagram(&mut self, route: &Route, len: usize) -> Option<&mut [u8]>;
     /// Sends the first `len` bytes of the last datagram reservation.
     fn commit_datagram(&mut self, len: usize);
+    /// Passes `handover` to worker `to`, behind everything passed to it before. False if there is no room for it: the
+    /// worker counts it as `HandoverFull`.
+    fn hand_over(&mut self, to: WorkerId, handover: &Handover<'_>) -> bool;
+    /// Passes a client to worker `to`: that one sees it before anything that is handed over later. Never refused.
+    fn give(&mut self, to: WorkerId, moved: Moved);
 }

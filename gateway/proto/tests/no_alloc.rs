@@ -94,6 +94,12 @@ impl Sink for FixedSink {
         self.datagrams += 1;
         self.last = len;
     }
+    fn hand_over(&mut self, _: gateway_proto::WorkerId, _: &gateway_proto::Handover<'_>) -> bool {
+        unreachable!("there is one worker")
+    }
+    fn give(&mut self, _: gateway_proto::WorkerId, _: gateway_proto::worker::Moved) {
+        unreachable!("there is one worker")
+    }
 }
 
 struct Setup {
@@ -112,7 +118,14 @@ impl Setup {
         let gateway = PublicKey::from(&private_key);
         let client_key = StaticSecret::from([8; 32]);
         let public_key = *PublicKey::from(&client_key).as_bytes();
-        let mut worker = Worker::new(Config { private_key, allow_own_ip: false, seed: 3, now });
+        let mut worker = Worker::new(Config {
+            private_key,
+            allow_own_ip: false,
+            seed: 3,
+            now,
+            id: gateway_proto::WorkerId::FIRST,
+            workers: 1,
+        });
         let mut sink =
             FixedSink { packet: [0; 2048], datagram: [0; 2048], packets: 0, datagrams: 0, last: 0 };
 
@@ -147,7 +160,11 @@ impl Setup {
         for command in [
             Command::Relays([server()].into()),
             Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },
-            Command::Client { id: ClientId(Uuid::from_u128(1)), desired: Some(Arc::new(state)) },
+            Command::Client {
+                id: ClientId(Uuid::from_u128(1)),
+                home: gateway_proto::command::Home::at(gateway_proto::WorkerId::FIRST),
+                desired: Some(Arc::new(state)),
+            },
         ] {
             worker.handle_command(command, now, &mut sink);
         }

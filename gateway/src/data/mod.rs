@@ -102,6 +102,8 @@ impl DataPlane {
             allow_own_ip: config.allow_own_ip,
             seed: config.seed,
             now: std::time::Instant::now(),
+            id: gateway_proto::WorkerId::FIRST,
+            workers: 1,
         });
         let tun = Tun::create(&config.tun_name, config.allowed)?;
         let offered = sockets.offered(tun.offered());

@@ -475,7 +475,13 @@ impl Core for Pipe {
             sink.commit_packet(d.payload.len());
             if !std::mem::replace(&mut self.told, true) {
                 let (local, from, payload) = (d.local, d.from, Vec::new());
-                self.events.push(WorkerEvent::Stun(StunDatagram { local, from, via: None, payload }));
+                self.events.push(WorkerEvent::Stun(StunDatagram {
+                    heard_by: gateway_proto::WorkerId::FIRST,
+                    local,
+                    from,
+                    via: None,
+                    payload,
+                }));
             }
         }
         self.batches.lock().unwrap().push((false, count));

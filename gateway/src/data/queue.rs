@@ -186,7 +186,7 @@ impl Events {
     }
 }
 
-const KINDS: usize = 6;
+const KINDS: usize = 7;
 
 /// The place of an event's kind in the quota table, and how many of it may wait.
 ///
@@ -200,6 +200,7 @@ fn kind_of(event: &WorkerEvent) -> (usize, usize) {
         WorkerEvent::Activity { .. } => (3, 65_536),
         WorkerEvent::Goodbye { .. } => (4, 65_536),
         WorkerEvent::ChannelsUsed(_) => (5, 64),
+        WorkerEvent::Adopted { .. } => (6, 65_536),
     }
 }
 
@@ -292,7 +293,11 @@ mod tests {
     }
 
     fn client(n: u128) -> Command {
-        Command::Client { id: ClientId(Uuid::from_u128(n)), desired: None }
+        Command::Client {
+            id: ClientId(Uuid::from_u128(n)),
+            home: gateway_proto::command::Home::at(gateway_proto::WorkerId::FIRST),
+            desired: None,
+        }
     }
 
     fn channel(number: u16, peer: Option<u16>) -> Command {
@@ -302,7 +307,13 @@ mod tests {
 
     fn stun() -> WorkerEvent {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-        WorkerEvent::Stun(StunDatagram { local: addr, from: addr, via: None, payload: Vec::new() })
+        WorkerEvent::Stun(StunDatagram {
+            heard_by: gateway_proto::WorkerId::FIRST,
+            local: addr,
+            from: addr,
+            via: None,
+            payload: Vec::new(),
+        })
     }
 
     fn brief(command: &Command) -> String {

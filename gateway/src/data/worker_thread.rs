@@ -518,4 +518,10 @@ impl Sink for Outgoing<'_> {
             outlet.commit(len);
         }
     }
+    fn hand_over(&mut self, _: gateway_proto::WorkerId, _: &gateway_proto::Handover<'_>) -> bool {
+        unreachable!("there is one worker")
+    }
+    fn give(&mut self, _: gateway_proto::WorkerId, _: gateway_proto::worker::Moved) {
+        unreachable!("there is one worker")
+    }
 }

@@ -45,8 +45,8 @@ use self::{
 };
 use crate::{
     addr::TunnelAddrs,
-    command::{self, ClientState, Command, StunDatagram, WorkerEvent},
-    ids::{ClientId, ConnectionIndex, RelayId},
+    command::{self, ClientState, Command, Home, StunDatagram, WorkerEvent},
+    ids::{ClientId, ConnectionIndex, RelayId, WorkerId},
     portal::messages::{Egress, FlowLogs, Ingress},
     relay::{RelayEvent, Relays},
     sink::Transmit,
@@ -63,6 +63,23 @@ pub struct Config {
     pub unix_now: Duration,
     /// The present.
     pub now: Instant,
+    /// The workers that clients are placed on.
+    pub workers: Workers,
+}
+
+/// What control must know of the data plane to place clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Workers {
+    /// How many there are, at least one.
+    pub count: usize,
+    /// Nothing steers packets to the owner of their client: the kernel brings all packets of one path to one worker of
+    /// its choice, so a client is best at home where its path arrives.
+    pub by_arrival: bool,
+}
+
+impl Workers {
+    /// A single worker.
+    pub const ONE: Self = Self { count: 1, by_arrival: false };
 }
 
 /// What the shell has to do besides sending.
@@ -191,6 +208,7 @@ impl Control {
     pub fn handle_worker_event(&mut self, event: WorkerEvent, now: Instant) {
         match event {
             WorkerEvent::Stun(datagram) => self.on_stun(&datagram, now),
+            WorkerEvent::Adopted { .. } => {}
             WorkerEvent::Established { id, index } => {
                 if self.is_current(id, index) {
                     debug!(client = %id, "Session established");
@@ -246,7 +264,11 @@ impl Control {
         }
         if let Some(id) = self.changed.pop_front() {
             self.is_changed.remove(&id);
-            return Some(Command::Client { id, desired: self.client_state(id) });
+            return Some(Command::Client {
+                id,
+                home: Home::at(WorkerId::FIRST),
+                desired: self.client_state(id),
+            });
         }
         std::mem::take(&mut self.shutdown).then_some(Command::Shutdown)
     }
@@ -327,7 +349,7 @@ impl Control {
         if datagram.via.is_none() && self.shared.relays.handle_stun(datagram, now) {
             return;
         }
-        let StunDatagram { local, from, via, ref payload } = *datagram;
+        let StunDatagram { local, from, via, ref payload, .. } = *datagram;
         let mut used = false;
         if let Some((id, message)) = self.shared.router.route(payload, now) {
             self.touch(id, now, |connection, shared| {

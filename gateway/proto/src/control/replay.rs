@@ -181,7 +181,7 @@ impl Replay {
         let unix_now = Duration::from_secs(1_795_000_000);
         let mut twin = Twin::new(Flavor::Firezone, &[SERVER.parse().unwrap()], 1);
         twin.grant_port(sample.relayed_port);
-        let gateway = Control::new(Config { seed: 1, unix_now, now });
+        let gateway = Control::new(Config { seed: 1, unix_now, now, workers: crate::control::Workers::ONE });
         Self { gateway, twin, now, sent: Vec::new(), said: Vec::new() }
     }
 
@@ -234,7 +234,13 @@ impl Replay {
             for answer in self.twin.handle(&packet, self.now).into_iter().filter(|answer| answer.dst == host)
             {
                 let payload = answer.payload;
-                let stun = StunDatagram { local: host, from: answer.src, via: None, payload };
+                let stun = StunDatagram {
+                    heard_by: crate::WorkerId::FIRST,
+                    local: host,
+                    from: answer.src,
+                    via: None,
+                    payload,
+                };
                 self.gateway.handle_worker_event(WorkerEvent::Stun(stun), self.now);
             }
         }

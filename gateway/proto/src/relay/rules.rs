@@ -395,6 +395,7 @@ fn a_removed_relays_late_packets_are_swallowed_and_strangers_are_not() {
     assert!(!world.receive(addr("203.0.113.2:50000"), &stun), "another relay's peer behind the same address");
     assert!(!world.receive(addr("192.0.2.2:3478"), &stun));
     let mut relayed = crate::command::StunDatagram {
+        heard_by: crate::WorkerId::FIRST,
         local: addr("198.51.100.2:52625"),
         from: addr("203.0.113.2:3478"),
         via: Some(addr("203.0.113.9:3478")),

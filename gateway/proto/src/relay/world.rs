@@ -143,7 +143,13 @@ impl World {
 
     /// A STUN message reaches us.
     pub(super) fn receive(&mut self, from: SocketAddr, payload: &[u8]) -> bool {
-        let datagram = StunDatagram { local: Self::local(from), from, via: None, payload: payload.to_vec() };
+        let datagram = StunDatagram {
+            heard_by: crate::WorkerId::FIRST,
+            local: Self::local(from),
+            from,
+            via: None,
+            payload: payload.to_vec(),
+        };
         let consumed = self.relays.handle_stun(&datagram, self.now);
         self.pump();
         consumed

@@ -41,7 +41,10 @@ impl Events {
             WorkerEvent::Activity { .. } if self.activity >= ACTIVITY_QUOTA => return false,
             WorkerEvent::Activity { .. } => self.activity += 1,
             WorkerEvent::ChannelsUsed(_) => self.channels += 1,
-            WorkerEvent::Established { .. } | WorkerEvent::Expired { .. } | WorkerEvent::Goodbye { .. } => {}
+            WorkerEvent::Established { .. }
+            | WorkerEvent::Expired { .. }
+            | WorkerEvent::Goodbye { .. }
+            | WorkerEvent::Adopted { .. } => {}
         }
         self.session.push_back(event);
         true

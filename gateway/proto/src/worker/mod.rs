@@ -58,7 +58,7 @@ use self::{
     wheel::{CALM, Wheel},
 };
 use crate::{
-    ClientId, Command, ConnectionIndex, Datagram, Ecn, Route, Sink, WorkerEvent,
+    ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Route, Sink, WorkerEvent, WorkerId,
     addr::MAX_INNER,
     command::{ClientState, StunDatagram},
 };
@@ -73,6 +73,17 @@ pub struct Config {
     pub seed: u64,
     /// The present.
     pub now: Instant,
+    /// Which of the workers it is.
+    pub id: WorkerId,
+    /// How many workers there are.
+    pub workers: usize,
+}
+
+/// A client on its way to another worker. Whoever receives it passes it to [`Worker::handle_moved`].
+#[derive(Debug)]
+pub struct Moved {
+    /// Whose state it is.
+    pub id: ClientId,
 }
 
 /// What one worker did with all that it did not drop.
@@ -142,8 +153,8 @@ impl Worker {
     pub fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink) {
         match command {
             Command::OwnAddrs(addrs) => self.own.addrs = Some(addrs),
-            Command::Client { id, desired: Some(state) } => self.apply(id, &state, now, sink),
-            Command::Client { id, desired: None } => {
+            Command::Client { id, desired: Some(state), .. } => self.apply(id, &state, now, sink),
+            Command::Client { id, desired: None, .. } => {
                 if let Some(peer) = self.peers.by_id(id).and_then(|slot| self.peers.remove(slot)) {
                     self.say_goodbye(peer, now, sink);
                 }
@@ -185,6 +196,21 @@ impl Worker {
             }
         }
     }
+
+    /// A batch of what other workers passed to this one.
+    pub fn handle_handovers<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = Handover<'a>>,
+        _now: Instant,
+        _sink: &mut impl Sink,
+    ) {
+        for _ in batch {
+            self.counters.count(DropReason::HandoverFull);
+        }
+    }
+
+    /// A client that another worker gave to this one.
+    pub fn handle_moved(&mut self, _moved: Moved, _now: Instant, _sink: &mut impl Sink) {}
 
     /// The deadline of [`Worker::poll_timeout`] has passed.
     pub fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink) {
@@ -344,6 +370,7 @@ impl Worker {
             return Err(DropReason::ControlQueueFull);
         }
         self.events.push(WorkerEvent::Stun(StunDatagram {
+            heard_by: WorkerId::FIRST,
             local: arrival.local,
             from: arrival.from,
             via: arrival.via.map(|(server, _)| server),

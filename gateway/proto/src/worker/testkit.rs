@@ -81,7 +81,8 @@ impl World {
         let now = Instant::now();
         let private_key = StaticSecret::from([7; 32]);
         let public_key = PublicKey::from(&private_key);
-        let config = Config { private_key, allow_own_ip: false, seed: 1, now };
+        let config =
+            Config { private_key, allow_own_ip: false, seed: 1, now, id: crate::WorkerId::FIRST, workers: 1 };
         let mut client = Client::new(1, &public_key);
         client.relayed = relayed;
         let mut world =
@@ -113,11 +114,19 @@ impl World {
 
     pub fn tell_connection(&mut self, resources: &[Resource], connection: Connection) {
         let state = ClientState { tunnel: self.client.tunnel, connection, resources: resources.into() };
-        self.command(Command::Client { id: self.client.id, desired: Some(Arc::new(state)) });
+        self.command(Command::Client {
+            id: self.client.id,
+            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            desired: Some(Arc::new(state)),
+        });
     }
 
     pub fn revoke(&mut self) {
-        self.command(Command::Client { id: self.client.id, desired: None });
+        self.command(Command::Client {
+            id: self.client.id,
+            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            desired: None,
+        });
     }
 
     /// The client's initiation, the answer, and the keep-alive that confirms.
@@ -325,6 +334,12 @@ impl Sink for TestSink {
         self.slack += buffer.len() - len;
         buffer.truncate(len);
         self.datagrams.push((route, buffer));
+    }
+    fn hand_over(&mut self, _: crate::WorkerId, _: &crate::Handover<'_>) -> bool {
+        unreachable!("there is one worker")
+    }
+    fn give(&mut self, _: crate::WorkerId, _: crate::worker::Moved) {
+        unreachable!("there is one worker")
     }
 }
 

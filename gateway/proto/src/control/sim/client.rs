@@ -173,7 +173,13 @@ impl Client {
             self.takes(data.payload, peer, destination, now);
             return;
         }
-        let datagram = StunDatagram { local: *dst, from: *src, via: None, payload: payload.clone() };
+        let datagram = StunDatagram {
+            heard_by: crate::WorkerId::FIRST,
+            local: *dst,
+            from: *src,
+            via: None,
+            payload: payload.clone(),
+        };
         if !self.relays.handle_stun(&datagram, now) {
             self.takes(payload, *src, *dst, now);
         }

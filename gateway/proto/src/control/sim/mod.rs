@@ -151,7 +151,12 @@ impl World {
             portal_latency: Duration::from_millis(3),
             portal_is_up: true,
             direct_is_blocked: false,
-            gateway: Control::new(Config { seed: 1, unix_now, now: start }),
+            gateway: Control::new(Config {
+                seed: 1,
+                unix_now,
+                now: start,
+                workers: crate::control::Workers::ONE,
+            }),
             client: Client::new(client_host, start),
             twins,
             sent: Vec::new(),
@@ -336,7 +341,7 @@ impl World {
     fn after_anything(&mut self) {
         while let Some(command) = self.gateway.poll_command() {
             match command {
-                Command::Client { id, desired } => {
+                Command::Client { id, desired, .. } => {
                     self.states.insert(id, desired);
                 }
                 Command::Channel { server, number, peer: Some(peer) } => {
@@ -443,9 +448,17 @@ impl World {
                 let Some(peer) = self.channels.get(&(src, data.number)).copied() else { return };
                 let used = ChannelUse { server: src, number: data.number, received: true, sent: false };
                 self.gateway.handle_worker_event(WorkerEvent::ChannelsUsed(vec![used]), self.now);
-                StunDatagram { local: dst, from: peer, via: Some(src), payload: data.payload.to_vec() }
+                StunDatagram {
+                    heard_by: crate::WorkerId::FIRST,
+                    local: dst,
+                    from: peer,
+                    via: Some(src),
+                    payload: data.payload.to_vec(),
+                }
             }
-            None => StunDatagram { local: dst, from: src, via: None, payload },
+            None => {
+                StunDatagram { heard_by: crate::WorkerId::FIRST, local: dst, from: src, via: None, payload }
+            }
         };
         if gateway_common::classify(&stun.payload) == gateway_common::PayloadKind::Stun {
             self.gateway.handle_worker_event(WorkerEvent::Stun(stun), self.now);

@@ -209,7 +209,10 @@ fn malformed_stun_never_panics() {
             [rng.random_range(0..3)];
         let local = "198.51.100.2:52625".parse().unwrap();
         let now = world.now;
-        world.gateway.handle_worker_event(WorkerEvent::Stun(StunDatagram { local, from, via, payload }), now);
+        world.gateway.handle_worker_event(
+            WorkerEvent::Stun(StunDatagram { heard_by: crate::WorkerId::FIRST, local, from, via, payload }),
+            now,
+        );
         while world.gateway.poll_transmit().is_some() {}
     }
     world.run(SECOND);
@@ -247,7 +250,8 @@ fn random_lines_from_the_portal_never_panic() {
 /// What the gateway sends back to `from` because of `payload`.
 fn answers_to(world: &mut World, payload: &[u8], from: SocketAddr) -> Vec<Vec<u8>> {
     let local = "198.51.100.2:52625".parse().unwrap();
-    let datagram = StunDatagram { local, from, via: None, payload: payload.to_vec() };
+    let datagram =
+        StunDatagram { heard_by: crate::WorkerId::FIRST, local, from, via: None, payload: payload.to_vec() };
     let now = world.now;
     world.gateway.handle_worker_event(WorkerEvent::Stun(datagram), now);
     std::iter::from_fn(|| world.gateway.poll_transmit())

@@ -140,7 +140,11 @@ fn a_key_claimed_by_three_falls_back_until_nobody_is_left() {
             resources: lan().into(),
         };
         let desired = claims.then(|| Arc::new(state));
-        world.command(Command::Client { id: ClientId(Uuid::from_u128(n)), desired });
+        world.command(Command::Client {
+            id: ClientId(Uuid::from_u128(n)),
+            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            desired,
+        });
     };
     assert_eq!(owner(&mut world), (true, 0));
     claim(&mut world, 501, true);
@@ -171,10 +175,18 @@ fn thousands_of_clients_that_come_and_leave_at_once_stall_nobody() {
             v6: (0xfd00_2021_1111_u128 << 80 | u128::from(n)).into(),
         };
         let state = ClientState { tunnel, connection: Connection::Absent, resources: Arc::clone(&resources) };
-        world.command(Command::Client { id: id(n), desired: Some(Arc::new(state)) });
+        world.command(Command::Client {
+            id: id(n),
+            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            desired: Some(Arc::new(state)),
+        });
     }
     for n in 0..CLIENTS {
-        world.command(Command::Client { id: id(n), desired: None });
+        world.command(Command::Client {
+            id: id(n),
+            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            desired: None,
+        });
     }
     // Quadratic work took a minute here. A worker that is busy for 2 s ends the process.
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
