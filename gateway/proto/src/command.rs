@@ -51,13 +51,16 @@ pub struct Home {
     /// While the client moves: who gives its sessions to `worker`. Control names it from the order to move until it
     /// has heard [`WorkerEvent::Adopted`], and does not order another move before.
     pub from: Option<WorkerId>,
+    /// The number of control's decision: every placement and every move of any client has a higher one. It tells a
+    /// worker that missed commands in between (they coalesce) an order from an earlier one of the same words.
+    pub order: u64,
 }
 
 impl Home {
-    /// A client of `worker` that does not move.
+    /// A client of `worker` that does not move, by the first of all decisions.
     #[must_use]
     pub fn at(worker: WorkerId) -> Self {
-        Self { worker, from: None }
+        Self { worker, from: None, order: 0 }
     }
 }
 
@@ -159,6 +162,8 @@ pub enum WorkerEvent {
         id: ClientId,
         /// Where it is now.
         worker: WorkerId,
+        /// By which order, see [`Home::order`].
+        order: u64,
     },
     /// Channels that carried data since the last such event, at most one event a second.
     ChannelsUsed(Vec<ChannelUse>),

@@ -85,8 +85,8 @@ pub struct Handover<'a> {
 pub enum Passed<'a> {
     /// A datagram as received, ChannelData header included.
     Datagram(Datagram<'a>),
-    /// The same, an initiation whose MAC1 and budget have been checked where it arrived.
-    Initiation(Datagram<'a>),
+    /// The same, an initiation that was checked (MAC1, budget) and opened where it arrived; it names this public key.
+    Initiation(Datagram<'a>, [u8; 32]),
     /// An IP packet from the TUN device, checksums complete.
     Packet(&'a [u8]),
 }
