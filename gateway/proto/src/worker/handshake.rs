@@ -21,8 +21,8 @@ use super::bucket::{Bucket, Rate};
 
 /// Initiations on a path that ICE authenticated. A client repeats one every 2 to 5 s; some have two in flight.
 const KNOWN_PATH: Rate = Rate { per_second: 2, burst: 10 };
-/// Initiations from anywhere else, all together (connections.md section 10.6).
-const ANYWHERE: Rate = Rate { per_second: 100, burst: 100 };
+/// Initiations from anywhere else, each second and at once, all together (connections.md section 10.6).
+const ANYWHERE: u32 = 100;
 /// Initiations that prove their source address by a cookie, per address; a NAT may hide many clients.
 const PROVEN: Rate = Rate { per_second: 20, burst: 40 };
 /// Addresses share a bucket by hash: bounded memory, and who shares is not for the sender to choose.
@@ -39,6 +39,8 @@ pub struct Gate {
     /// Always "under load": demands a cookie.
     strict: RateLimiter,
     anywhere: Bucket,
+    /// This worker's share of [`ANYWHERE`].
+    anywhere_rate: Rate,
     proven: Box<[Bucket; PROVEN_BUCKETS]>,
     seed: u64,
 }
@@ -53,13 +55,15 @@ pub enum Admission {
 }
 
 impl Gate {
-    /// A gate with full budgets.
-    pub fn new(private: StaticSecret, seed: u64) -> Self {
+    /// A gate with full budgets, one of `gates` that share those which are for everybody.
+    pub fn new(private: StaticSecret, seed: u64, gates: usize) -> Self {
         let public = PublicKey::from(&private);
+        let share = ANYWHERE.div_ceil(u32::try_from(gates).unwrap_or(ANYWHERE).max(1));
         Self {
             unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
             strict: RateLimiter::new(&public, 0),
             anywhere: Bucket::FULL,
+            anywhere_rate: Rate { per_second: share, burst: share },
             proven: Box::new([Bucket::FULL; PROVEN_BUCKETS]),
             private,
             public,
@@ -93,7 +97,7 @@ impl Gate {
         };
         let within = match known {
             Some(bucket) => bucket.take(KNOWN_PATH, now),
-            None => self.anywhere.take(ANYWHERE, now),
+            None => self.anywhere.take(self.anywhere_rate, now),
         };
         if !within {
             match self.strict.verify_packet(Some(from), message, reply) {

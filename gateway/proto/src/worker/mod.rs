@@ -13,6 +13,9 @@
 //! time       wheel -> wg (tick) -> send (message)
 //! ```
 //!
+//! A packet of another worker's client leaves its walk where that is found out, see `handover.rs`; how clients come and
+//! go is in `moving.rs`.
+//!
 //! Every input is counted exactly once: in [`Counters`] if it was dropped, in [`Traffic`] if it was not.
 
 mod bucket;
@@ -20,10 +23,12 @@ mod control_packet;
 mod demux;
 mod ecn;
 mod events;
+mod handover;
 mod handshake;
 mod icmp;
 mod inbound;
 mod inner;
+mod moving;
 mod outbound;
 mod peer;
 mod peers;
@@ -37,7 +42,7 @@ mod tests;
 mod wg;
 mod wheel;
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
 use gateway_common::{
     Counters, DropReason, PayloadKind,
@@ -45,22 +50,24 @@ use gateway_common::{
 };
 use x25519_dalek::StaticSecret;
 
+pub use self::moving::Moved;
 use self::{
     control_packet::Control,
     demux::{Arrival, Demux},
     events::Events,
+    handover::{Stop, pass},
     handshake::{Admission, COOKIE_REPLY, Gate},
+    moving::Gone,
     outbound::{Own, Verdict},
     peer::Peer,
-    peers::Peers,
+    peers::{Entry, Peers},
     slot::Slot,
     wg::{Act, HANDSHAKE_MAX},
     wheel::{CALM, Wheel},
 };
 use crate::{
-    ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Route, Sink, WorkerEvent, WorkerId,
-    addr::MAX_INNER,
-    command::{ClientState, StunDatagram},
+    Command, ConnectionIndex, Datagram, Ecn, Passed, Route, Sink, WorkerEvent, WorkerId, addr::MAX_INNER,
+    command::StunDatagram,
 };
 
 /// What a worker is started with.
@@ -75,15 +82,8 @@ pub struct Config {
     pub now: Instant,
     /// Which of the workers it is.
     pub id: WorkerId,
-    /// How many workers there are.
+    /// How many workers there are, at least one: they share the budgets that are for everybody.
     pub workers: usize,
-}
-
-/// A client on its way to another worker. Whoever receives it passes it to [`Worker::handle_moved`].
-#[derive(Debug)]
-pub struct Moved {
-    /// Whose state it is.
-    pub id: ClientId,
 }
 
 /// What one worker did with all that it did not drop.
@@ -120,10 +120,13 @@ pub struct Volume {
 
 /// One worker.
 pub struct Worker {
+    id: WorkerId,
+    workers: usize,
     gate: Gate,
     own: Own,
     demux: Demux,
     peers: Peers,
+    gone: Gone,
     wheel: Wheel,
     /// The next new connection's place within a second of the wheel.
     spread: u64,
@@ -137,10 +140,13 @@ impl Worker {
     #[must_use]
     pub fn new(config: Config) -> Self {
         Self {
-            gate: Gate::new(config.private_key, config.seed),
+            id: config.id,
+            workers: config.workers,
+            gate: Gate::new(config.private_key, config.seed, config.workers),
             own: Own { addrs: None, allow_all: config.allow_own_ip },
             demux: Demux::default(),
             peers: Peers::default(),
+            gone: Gone::default(),
             wheel: Wheel::new(config.now),
             spread: config.seed,
             events: Events::new(),
@@ -153,12 +159,7 @@ impl Worker {
     pub fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink) {
         match command {
             Command::OwnAddrs(addrs) => self.own.addrs = Some(addrs),
-            Command::Client { id, desired: Some(state), .. } => self.apply(id, &state, now, sink),
-            Command::Client { id, desired: None, .. } => {
-                if let Some(peer) = self.peers.by_id(id).and_then(|slot| self.peers.remove(slot)) {
-                    self.say_goodbye(peer, now, sink);
-                }
-            }
+            Command::Client { id, home, desired } => self.place(id, home, desired, now, sink),
             Command::Relays(servers) => self.demux.set_relays(&servers),
             Command::Channel { server, number, peer } => self.demux.set_channel((server, number), peer),
             Command::Shutdown => {
@@ -177,9 +178,8 @@ impl Worker {
         sink: &mut impl Sink,
     ) {
         for datagram in batch {
-            if let Err(reason) = self.handle_datagram(&datagram, now, sink) {
-                self.counters.count(reason);
-            }
+            let done = self.handle_datagram(&datagram, 0, now, sink);
+            self.settle(done, 0, Passed::Datagram(datagram), sink);
         }
     }
 
@@ -191,26 +191,10 @@ impl Worker {
         sink: &mut impl Sink,
     ) {
         for packet in batch {
-            if let Err(reason) = self.handle_packet(packet, now, sink) {
-                self.counters.count(reason);
-            }
+            let done = self.handle_packet(packet, now, sink);
+            self.settle(done, 0, Passed::Packet(packet), sink);
         }
     }
-
-    /// A batch of what other workers passed to this one.
-    pub fn handle_handovers<'a>(
-        &mut self,
-        batch: impl IntoIterator<Item = Handover<'a>>,
-        _now: Instant,
-        _sink: &mut impl Sink,
-    ) {
-        for _ in batch {
-            self.counters.count(DropReason::HandoverFull);
-        }
-    }
-
-    /// A client that another worker gave to this one.
-    pub fn handle_moved(&mut self, _moved: Moved, _now: Instant, _sink: &mut impl Sink) {}
 
     /// The deadline of [`Worker::poll_timeout`] has passed.
     pub fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink) {
@@ -263,32 +247,28 @@ impl Worker {
     fn handle_datagram(
         &mut self,
         datagram: &Datagram<'_>,
+        hops: u8,
         now: Instant,
         sink: &mut impl Sink,
-    ) -> Result<(), DropReason> {
+    ) -> Result<(), Stop> {
         let arrival = self.demux.unwrap(datagram, now)?;
         match arrival.kind {
             PayloadKind::Data => self.handle_data(&arrival, now, sink),
             PayloadKind::Stun => self.handle_stun(&arrival),
-            PayloadKind::HandshakeInitiation => self.handle_initiation(&arrival, now, sink),
+            PayloadKind::HandshakeInitiation => self.handle_initiation(datagram, &arrival, hops, now, sink),
             _ => self.handle_answer(&arrival, now, sink),
         }
     }
 
     #[inline]
-    fn handle_data(
-        &mut self,
-        arrival: &Arrival<'_>,
-        now: Instant,
-        sink: &mut impl Sink,
-    ) -> Result<(), DropReason> {
+    fn handle_data(&mut self, arrival: &Arrival<'_>, now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
         let slot = self.receiver(arrival)?;
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownSession)?;
+        let peer = self.peers.holder(slot, DropReason::UnknownSession)?;
         let link = peer.link.as_deref_mut().ok_or(DropReason::UnknownSession)?;
         // Header 16; what remains is the packet and its tag.
         let room = arrival.payload.len().saturating_sub(16);
         if room > MAX_INNER + 16 {
-            return Err(DropReason::OversizedInner);
+            return Err(DropReason::OversizedInner.into());
         }
         let buffer = sink.reserve_packet(room).ok_or(DropReason::Backpressure)?;
         let opened = link.wg.open(arrival.payload, buffer, now)?;
@@ -323,11 +303,12 @@ impl Worker {
                 self.handle_control(slot, control);
                 Ok(())
             }
-            Verdict::Drop(reason) => Err(reason),
+            Verdict::Drop(reason) => Err(reason.into()),
             Verdict::Deny(denial, reason, inner) => {
                 let mut reply = [0; MAX_INNER];
                 let len = icmp::deny(denial, packet, &inner, &mut reply);
-                self.deny(slot, &reply[..len], now, sink).and(Err(reason))
+                self.deny(slot, &reply[..len], now, sink)?;
+                Err(reason.into())
             }
         }
     }
@@ -358,19 +339,19 @@ impl Worker {
             return;
         }
         // "p2p goodbye from client: peer (all authorisations!) and connection removed immediately"
-        if let Some(peer) = self.peers.remove(slot)
+        if let Some(peer) = self.peers.remove(slot).and_then(Entry::into_peer)
             && let Some(link) = peer.link
         {
             self.events.push(WorkerEvent::Goodbye { id: peer.id, index: link.index });
         }
     }
 
-    fn handle_stun(&mut self, arrival: &Arrival<'_>) -> Result<(), DropReason> {
+    fn handle_stun(&mut self, arrival: &Arrival<'_>) -> Result<(), Stop> {
         if !self.events.has_room_for_stun() {
-            return Err(DropReason::ControlQueueFull);
+            return Err(DropReason::ControlQueueFull.into());
         }
         self.events.push(WorkerEvent::Stun(StunDatagram {
-            heard_by: WorkerId::FIRST,
+            heard_by: self.id,
             local: arrival.local,
             from: arrival.from,
             via: arrival.via.map(|(server, _)| server),
@@ -382,34 +363,41 @@ impl Worker {
 
     fn handle_initiation(
         &mut self,
+        datagram: &Datagram<'_>,
         arrival: &Arrival<'_>,
+        hops: u8,
         now: Instant,
         sink: &mut impl Sink,
-    ) -> Result<(), DropReason> {
+    ) -> Result<(), Stop> {
         let known = match arrival.via {
             Some(channel) => self.demux.handshakes(channel),
-            None => {
-                let slot = self.peers.by_remote(arrival.from);
-                slot.and_then(|slot| self.peers.get_mut(slot)).map(|peer| &mut peer.handshakes)
-            }
+            None => self.peers.by_remote(arrival.from).and_then(|slot| self.peers.handshakes(slot)),
         };
         let mut cookie = [0; COOKIE_REPLY];
-        let public_key = match self.gate.admit(arrival.payload, arrival.from.ip(), known, &mut cookie, now)? {
-            Admission::Admitted(public_key) => public_key,
+        match self.gate.admit(arrival.payload, arrival.from.ip(), known, &mut cookie, now)? {
+            Admission::Admitted(key) => self.answer_initiation(datagram, arrival, &key, hops, now, sink),
             Admission::Cookie => {
                 self.reply(arrival, &cookie, now, sink);
-                return Err(DropReason::HandshakeBudget);
+                Err(DropReason::HandshakeBudget.into())
             }
-        };
-        let slot = self.peers.by_public_key(&public_key).ok_or(DropReason::UnknownPublicKey)?;
-        self.run_timers(slot, now, sink);
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownPublicKey)?;
-        let link = peer.link.as_deref_mut().ok_or(DropReason::UnknownPublicKey)?;
-        let mut out = [0; HANDSHAKE_MAX];
-        let len = link.wg.handle_initiation(arrival.payload, &mut out, now)?;
-        send::message(link, &out[..len], &mut self.demux, now, sink);
-        self.traffic.handshakes += 1;
-        Ok(())
+        }
+    }
+
+    /// An initiation by the holder of `key`, admitted here or by the worker that passed it.
+    fn answer_initiation(
+        &mut self,
+        datagram: &Datagram<'_>,
+        arrival: &Arrival<'_>,
+        key: &[u8; 32],
+        hops: u8,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), Stop> {
+        let slot = self.peers.by_public_key(key).ok_or(DropReason::UnknownPublicKey)?;
+        match self.shake_hands(slot, arrival, DropReason::UnknownPublicKey, now, sink) {
+            Err(Stop::Pass(to)) => Ok(pass(to, hops, Passed::Initiation(*datagram, *key), sink)?),
+            done => done,
+        }
     }
 
     /// A handshake response or a cookie reply: the answer to an own initiation.
@@ -418,24 +406,44 @@ impl Worker {
         arrival: &Arrival<'_>,
         now: Instant,
         sink: &mut impl Sink,
-    ) -> Result<(), DropReason> {
+    ) -> Result<(), Stop> {
         let slot = self.receiver(arrival)?;
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownSession)?;
+        let peer = self.peers.holder(slot, DropReason::UnknownSession)?;
         // Without an open handshake this costs a look-up and nothing more.
         if !peer.link.as_deref().is_some_and(|link| link.wg.is_handshaking()) {
-            return Err(DropReason::HandshakeReplayed);
+            return Err(DropReason::HandshakeReplayed.into());
         }
+        self.shake_hands(slot, arrival, DropReason::UnknownSession, now, sink)
+    }
+
+    /// A handshake message for the client at `slot`; without its connection it is dropped for `missing`.
+    fn shake_hands(
+        &mut self,
+        slot: Slot,
+        arrival: &Arrival<'_>,
+        missing: DropReason,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), Stop> {
         self.run_timers(slot, now, sink);
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::UnknownSession)?;
-        let link = peer.link.as_deref_mut().ok_or(DropReason::UnknownSession)?;
+        let peer = self.peers.holder(slot, missing)?;
+        let link = peer.link.as_deref_mut().ok_or(missing)?;
         let mut out = [0; HANDSHAKE_MAX];
-        if arrival.kind == PayloadKind::CookieReply {
-            link.wg.handle_cookie_reply(arrival.payload)?;
-        } else {
-            let (len, established) = link.wg.handle_response(arrival.payload, &mut out, now)?;
-            if established {
-                self.events.push(WorkerEvent::Established { id: peer.id, index: link.index });
+        let len = match arrival.kind {
+            PayloadKind::HandshakeInitiation => link.wg.handle_initiation(arrival.payload, &mut out, now)?,
+            PayloadKind::CookieReply => {
+                link.wg.handle_cookie_reply(arrival.payload)?;
+                0
             }
+            _ => {
+                let (len, established) = link.wg.handle_response(arrival.payload, &mut out, now)?;
+                if established {
+                    self.events.push(WorkerEvent::Established { id: peer.id, index: link.index });
+                }
+                len
+            }
+        };
+        if len > 0 {
             send::message(link, &out[..len], &mut self.demux, now, sink);
         }
         self.traffic.handshakes += 1;
@@ -461,9 +469,8 @@ impl Worker {
     // Inbound: from the TUN device.
 
     #[inline]
-    fn handle_packet(&mut self, packet: &[u8], now: Instant, sink: &mut impl Sink) -> Result<(), DropReason> {
-        let slot = inbound::decide(&mut self.peers, packet, self.own)?;
-        let peer = self.peers.get_mut(slot).ok_or(DropReason::NoPeerState)?;
+    fn handle_packet(&mut self, packet: &[u8], now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
+        let peer = inbound::decide(&mut self.peers, packet, self.own)?;
         let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
         let index = link.index;
         let relayed = send::seal(link, packet, &mut self.demux, now, sink)?;
@@ -492,20 +499,11 @@ impl Worker {
         peer.due = self.wheel.schedule(slot, ticks, now);
     }
 
-    fn apply(&mut self, id: ClientId, state: &Arc<ClientState>, now: Instant, sink: &mut impl Sink) {
-        let (slot, connected) = match self.peers.by_id(id) {
-            Some(slot) => {
-                (slot, self.peers.update(slot, |peer| peer.apply(state, &self.gate)).unwrap_or_default())
-            }
-            None => (self.peers.insert(Box::new(Peer::new(id, state, &self.gate))), true),
-        };
-        let Some(peer) = self.peers.get_mut(slot) else { return };
-        let Some(link) = peer.link.as_deref_mut() else { return };
-        if connected {
-            self.spread = self.spread.wrapping_add(1);
-            peer.due = self.wheel.schedule(slot, 1 + self.spread % CALM, now);
+    /// A client's path may have changed: what waited for one leaves.
+    fn send_held(&mut self, slot: Slot, now: Instant, sink: &mut impl Sink) {
+        if let Some(link) = self.peers.get_mut(slot).and_then(|peer| peer.link.as_deref_mut()) {
+            send::held(link, &mut self.demux, now, sink);
         }
-        send::held(link, &mut self.demux, now, sink);
     }
 
     /// "Sends a goodbye packet through the tunnel if Connected/Idle; silent otherwise".

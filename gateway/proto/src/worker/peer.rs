@@ -24,6 +24,8 @@ use crate::{
 pub struct Peer {
     /// The portal's name.
     pub id: ClientId,
+    /// The order that made it this worker's, see [`Home::order`](crate::command::Home::order).
+    pub order: u64,
     /// The only source addresses it may use.
     pub tunnel: TunnelAddrs,
     /// What it may reach.
@@ -63,9 +65,10 @@ const ACTIVITY: Duration = Duration::from_secs(5);
 
 impl Peer {
     /// A client that control has just told of.
-    pub fn new(id: ClientId, state: &ClientState, gate: &Gate) -> Self {
+    pub fn new(id: ClientId, order: u64, state: &ClientState, gate: &Gate) -> Self {
         let mut peer = Self {
             id,
+            order,
             tunnel: state.tunnel,
             policy: Policy::new(&state.resources),
             resources: Arc::clone(&state.resources),

@@ -1,22 +1,25 @@
-//! Every client of this worker, and the five ways to find one. Knows where clients are, not what they do.
+//! Every client, here or at another worker, and the five ways to find one. Knows where clients are, not what they do.
 
 use std::{
     hash::Hash,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 
+use gateway_common::DropReason;
 use rustc_hash::{FxHashMap, FxHashSet};
 
-use super::{peer::Peer, slot::Slot};
+use super::{bucket::Bucket, handover::Stop, peer::Peer, slot::Slot};
 use crate::{
-    command::Path,
-    ids::{ClientId, ConnectionIndex},
+    addr::TunnelAddrs,
+    command::{ClientState, Connection, Path},
+    ids::{ClientId, ConnectionIndex, WorkerId},
 };
 
 /// All clients.
 #[derive(Default)]
 pub struct Peers {
-    slots: Vec<Option<Box<Peer>>>,
+    slots: Vec<Option<Entry>>,
     free: Vec<Slot>,
     ids: FxHashMap<ClientId, Slot>,
     indices: Owners<ConnectionIndex>,
@@ -26,7 +29,34 @@ pub struct Peers {
     remotes: Owners<SocketAddr>,
 }
 
+/// One client, as this worker knows it.
+pub enum Entry {
+    /// It is this worker's.
+    Here(Box<Peer>),
+    /// It is another's.
+    There(Box<Elsewhere>),
+}
+
+/// A client that another worker holds: enough to tell whose a packet is.
+pub struct Elsewhere {
+    /// The portal's name.
+    pub id: ClientId,
+    /// Where its packets go.
+    pub worker: WorkerId,
+    /// It has been ordered to this worker; until it arrives its packets go to `worker`, which has it.
+    pub awaited: bool,
+    /// The order that said so, see [`Home::order`](crate::command::Home::order).
+    pub order: u64,
+    /// What control wants it to be.
+    pub state: Arc<ClientState>,
+    /// Budget of initiations that arrive here from the nominated direct path.
+    pub handshakes: Bucket,
+}
+
 /// Who is found by a key: the last to claim it.
+///
+/// Commands coalesce, so that of two clients that claim one key at the same moment one worker may take the one for the
+/// last and another the other. Harmless: a packet that they pass to each other is dropped after a few hops.
 struct Owners<K> {
     slots: FxHashMap<K, Slot>,
     /// Keys that more than one client may claim. All others need no search for an heir, which looks at every client.
@@ -79,48 +109,74 @@ impl Peers {
         self.remotes.slots.get(&remote).copied()
     }
 
-    /// Whoever is there.
+    /// The client at `slot` if this worker holds it.
     #[inline]
     pub fn get_mut(&mut self, slot: Slot) -> Option<&mut Peer> {
-        self.slots.get_mut(slot.0 as usize)?.as_deref_mut()
+        match self.slots.get_mut(slot.0 as usize)? {
+            Some(Entry::Here(peer)) => Some(peer),
+            _ => None,
+        }
     }
 
-    /// Takes in a new client.
-    pub fn insert(&mut self, peer: Box<Peer>) -> Slot {
-        let keys = Keys::of(&peer);
-        let id = peer.id;
-        let slot = self.free.pop().unwrap_or_else(|| {
+    /// The same where a packet needs it: it is passed to the client's worker, or dropped for `missing`.
+    #[inline]
+    pub fn holder(&mut self, slot: Slot, missing: DropReason) -> Result<&mut Peer, Stop> {
+        match self.slots.get_mut(slot.0 as usize) {
+            Some(Some(Entry::Here(peer))) => Ok(peer),
+            Some(Some(Entry::There(there))) => Err(Stop::Pass(there.worker)),
+            _ => Err(Stop::Drop(missing)),
+        }
+    }
+
+    /// What is known of the client at `slot`.
+    pub fn entry(&self, slot: Slot) -> Option<&Entry> {
+        self.slots.get(slot.0 as usize)?.as_ref()
+    }
+
+    /// The budget of initiations from the nominated direct path of the client at `slot`.
+    pub fn handshakes(&mut self, slot: Slot) -> Option<&mut Bucket> {
+        Some(match self.slots.get_mut(slot.0 as usize)?.as_mut()? {
+            Entry::Here(peer) => &mut peer.handshakes,
+            Entry::There(there) => &mut there.handshakes,
+        })
+    }
+
+    /// Takes in a client, in place of what was known of it; that is returned.
+    pub fn put(&mut self, entry: Entry) -> (Slot, Option<Entry>) {
+        let (id, keys) = (entry.id(), Keys::of(&entry));
+        let slot = self.by_id(id).or_else(|| self.free.pop()).unwrap_or_else(|| {
             self.slots.push(None);
             Slot(u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX))
         });
-        self.slots[slot.0 as usize] = Some(peer);
+        let old = self.slots[slot.0 as usize].replace(entry);
         self.ids.insert(id, slot);
-        self.relink(slot, &Keys::NONE, &keys);
-        slot
+        let before = old.as_ref().map_or(Keys::NONE, Keys::of);
+        self.relink(slot, &before, &keys);
+        (slot, old)
     }
 
     /// Forgets a client.
-    pub fn remove(&mut self, slot: Slot) -> Option<Box<Peer>> {
-        let peer = self.slots.get_mut(slot.0 as usize)?.take()?;
-        self.ids.remove(&peer.id);
-        self.relink(slot, &Keys::of(&peer), &Keys::NONE);
+    pub fn remove(&mut self, slot: Slot) -> Option<Entry> {
+        let entry = self.slots.get_mut(slot.0 as usize)?.take()?;
+        self.ids.remove(&entry.id());
+        self.relink(slot, &Keys::of(&entry), &Keys::NONE);
         self.free.push(slot);
-        Some(peer)
+        Some(entry)
     }
 
     /// Changes a client, whatever it is found by included.
-    pub fn update<R>(&mut self, slot: Slot, change: impl FnOnce(&mut Peer) -> R) -> Option<R> {
-        let peer = self.slots.get_mut(slot.0 as usize)?.as_deref_mut()?;
-        let before = Keys::of(peer);
-        let result = change(peer);
-        let after = Keys::of(peer);
+    pub fn update<R>(&mut self, slot: Slot, change: impl FnOnce(&mut Entry) -> R) -> Option<R> {
+        let entry = self.slots.get_mut(slot.0 as usize)?.as_mut()?;
+        let before = Keys::of(entry);
+        let result = change(entry);
+        let after = Keys::of(entry);
         self.relink(slot, &before, &after);
         Some(result)
     }
 
-    /// Takes all clients out.
+    /// Forgets everybody; the clients of this worker are returned.
     pub fn drain(&mut self) -> impl Iterator<Item = Box<Peer>> + use<> {
-        std::mem::take(self).slots.into_iter().flatten()
+        std::mem::take(self).slots.into_iter().flatten().filter_map(Entry::into_peer)
     }
 
     fn relink(&mut self, slot: Slot, before: &Keys, after: &Keys) {
@@ -136,7 +192,7 @@ impl Peers {
 /// Moves one key of `slot`. A key that somebody else claims as well falls to them when its owner leaves.
 fn relink<K: Copy + Eq + Hash>(
     Owners { slots: map, contested }: &mut Owners<K>,
-    slots: &[Option<Box<Peer>>],
+    slots: &[Option<Entry>],
     slot: Slot,
     before: Option<K>,
     after: Option<K>,
@@ -148,8 +204,8 @@ fn relink<K: Copy + Eq + Hash>(
     if let Some(before) = before.filter(|k| map.get(k) == Some(&slot)) {
         map.remove(&before);
         let search = || {
-            (0..).zip(slots).find_map(|(at, peer)| {
-                let claims = Slot(at) != slot && key(&Keys::of(peer.as_deref()?)) == Some(before);
+            (0..).zip(slots).find_map(|(at, entry)| {
+                let claims = Slot(at) != slot && key(&Keys::of(entry.as_ref()?)) == Some(before);
                 claims.then_some(Slot(at))
             })
         };
@@ -169,17 +225,50 @@ fn relink<K: Copy + Eq + Hash>(
 impl Keys {
     const NONE: Self = Self { index: None, public_key: None, v4: None, v6: None, remote: None };
 
-    fn of(peer: &Peer) -> Self {
-        let link = peer.link.as_deref();
-        Self {
-            index: link.map(|l| l.index),
-            public_key: link.map(|l| l.public_key),
-            v4: Some(peer.tunnel.v4),
-            v6: Some(peer.tunnel.v6),
-            remote: link.and_then(|l| match l.path? {
-                Path::Direct { remote, .. } => Some(remote),
-                Path::Relayed { .. } => None,
-            }),
+    fn of(entry: &Entry) -> Self {
+        let (tunnel, index, public_key, path) = match entry {
+            Entry::Here(peer) => {
+                let link = peer.link.as_deref();
+                let path = link.and_then(|l| l.path);
+                (peer.tunnel, link.map(|l| l.index), link.map(|l| l.public_key), path)
+            }
+            Entry::There(there) => match &there.state.connection {
+                Connection::Present(keys, path) => {
+                    (there.state.tunnel, Some(keys.index), Some(keys.public_key), *path)
+                }
+                Connection::Absent => (there.state.tunnel, None, None, None),
+            },
+        };
+        let TunnelAddrs { v4, v6 } = tunnel;
+        let remote = match path {
+            Some(Path::Direct { remote, .. }) => Some(remote),
+            Some(Path::Relayed { .. }) | None => None,
+        };
+        Self { index, public_key, v4: Some(v4), v6: Some(v6), remote }
+    }
+}
+
+impl Entry {
+    fn id(&self) -> ClientId {
+        match self {
+            Self::Here(peer) => peer.id,
+            Self::There(there) => there.id,
+        }
+    }
+
+    /// The latest order of control that it follows.
+    pub fn order(&self) -> u64 {
+        match self {
+            Self::Here(peer) => peer.order,
+            Self::There(there) => there.order,
+        }
+    }
+
+    /// The client itself, if it is here.
+    pub fn into_peer(self) -> Option<Box<Peer>> {
+        match self {
+            Self::Here(peer) => Some(peer),
+            Self::There(_) => None,
         }
     }
 }

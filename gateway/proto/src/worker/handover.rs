@@ -1,0 +1,88 @@
+//! Packets that reached a worker and belong to another's client: when they are passed on, and what becomes of those that
+//! arrive that way. Knows where clients are; no header, no key.
+//!
+//! ```text
+//! walk -> Peers::holder -> Stop::Pass(worker) -> Sink::hand_over ==ring==> handle_handovers -> the same walk
+//! ```
+//!
+//! STUN is nobody's and goes to control from where it arrived. Everything else is counted once: by the worker that
+//! holds the client, or by the one that could not pass it on.
+
+use std::time::Instant;
+
+use gateway_common::DropReason;
+
+use super::Worker;
+use crate::{Handover, Passed, Sink, WorkerId};
+
+/// Why a walk ends before its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The packet is dropped.
+    Drop(DropReason),
+    /// It belongs to a client of this worker.
+    Pass(WorkerId),
+}
+
+impl From<DropReason> for Stop {
+    #[inline]
+    fn from(reason: DropReason) -> Self {
+        Self::Drop(reason)
+    }
+}
+
+/// How often a packet is passed on at most. While a client moves from A to B, one may go to B, which waits, to A, which
+/// has just given the client away, and to B; more is a disagreement that only dropping ends.
+const MAX_HOPS: u8 = 3;
+
+impl Worker {
+    /// A batch of what other workers passed to this one. Before it, [`Worker::handle_moved`] must have had every client
+    /// that was given earlier than the last of these was passed.
+    pub fn handle_handovers<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = Handover<'a>>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) {
+        for Handover { hops, what } in batch {
+            let done = match what {
+                Passed::Datagram(datagram) => self.handle_datagram(&datagram, hops, now, sink),
+                Passed::Initiation(datagram, key) => {
+                    // The gate has been asked where it arrived.
+                    let arrival = self.demux.unwrap(&datagram, now).map_err(Stop::Drop);
+                    arrival.and_then(|arrival| {
+                        self.answer_initiation(&datagram, &arrival, &key, hops, now, sink)
+                    })
+                }
+                Passed::Packet(packet) => self.handle_packet(packet, now, sink),
+            };
+            self.settle(done, hops, what, sink);
+        }
+    }
+
+    /// The end of a walk: counts what is dropped and passes on what belongs elsewhere.
+    #[inline]
+    pub(super) fn settle(
+        &mut self,
+        done: Result<(), Stop>,
+        hops: u8,
+        what: Passed<'_>,
+        sink: &mut impl Sink,
+    ) {
+        let done = match done {
+            Err(Stop::Pass(to)) => pass(to, hops, what, sink),
+            Err(Stop::Drop(reason)) => Err(reason),
+            Ok(()) => Ok(()),
+        };
+        if let Err(reason) = done {
+            self.counters.count(reason);
+        }
+    }
+}
+
+/// Passes `what`, which has been passed `hops` times before, to worker `to`.
+#[inline]
+pub fn pass(to: WorkerId, hops: u8, what: Passed<'_>, sink: &mut impl Sink) -> Result<(), DropReason> {
+    let passed = hops < MAX_HOPS && sink.hand_over(to, &Handover { hops: hops + 1, what });
+    if passed { Ok(()) } else { Err(DropReason::HandoverFull) }
+}
