@@ -118,9 +118,11 @@ impl Client {
             token.bytes().all(|b| b.is_ascii_graphic()),
             "the token (FIREZONE_TOKEN) contains characters no token has; copy it again from the portal"
         );
+        // Read for `ws` too: a file that is bad shall not lie in wait for the day the URL becomes `wss`.
+        let tls_config = tls::client_config(&config.ca_files)?;
         let tls = match config.login.is_tls() {
             true => Some(connect::Tls {
-                config: tls::client_config(&config.ca_files)?,
+                config: tls_config,
                 server_name: ServerName::try_from(config.login.host()).with_context(|| {
                     format!("--api-url (FIREZONE_API_URL): no certificate can name {}", config.login.host())
                 })?,

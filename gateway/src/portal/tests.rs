@@ -350,6 +350,15 @@ async fn a_token_that_cannot_be_sent_is_refused_at_start() {
     }
 }
 
+#[test]
+fn a_bad_ca_file_is_refused_whatever_the_url_is() {
+    for url in ["ws://127.0.0.1:1", "wss://127.0.0.1:1"] {
+        let ca_files = vec![CaFile { path: PathBuf::from("/nonexistent/ca.pem"), named_by: "--ca-file" }];
+        let error = Client::new(Config { ca_files, ..config(url) }).err().expect("a mistake");
+        assert!(format!("{error:#}").starts_with("--ca-file: cannot read /nonexistent/ca.pem"), "{error:#}");
+    }
+}
+
 #[tokio::test]
 async fn the_log_at_trace_shows_the_messages_and_none_of_their_secrets() {
     let sample = include_str!("../../proto/tests/samples/nov25-relayed.gateway.jsonl");
