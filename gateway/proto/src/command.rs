@@ -36,7 +36,7 @@ pub enum Command {
         server: SocketAddr,
         /// The channel number.
         number: u16,
-        /// The peer at the far end once the bind is confirmed; `None` when the channel is gone.
+        /// The peer at the far end once a bind is sent; `None` when the channel is gone or was refused.
         peer: Option<SocketAddr>,
     },
     /// Say goodbye to every client and forget them (graceful shutdown).

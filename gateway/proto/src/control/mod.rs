@@ -397,10 +397,11 @@ impl Control {
                 }
             }
             RelayEvent::Servers(servers) => self.commands.push_back(Command::Relays(servers)),
-            RelayEvent::ChannelBound { relay, server, number, peer } => {
+            RelayEvent::ChannelOpened { relay, server, number, peer } => {
                 self.commands.push_back(Command::Channel { server, number, peer: Some(peer) });
                 self.refresh_paths(relay, peer, now);
             }
+            RelayEvent::ChannelBound { relay, peer, .. } => self.refresh_paths(relay, peer, now),
             RelayEvent::ChannelGone { relay, server, number, peer } => {
                 self.commands.push_back(Command::Channel { server, number, peer: None });
                 self.refresh_paths(relay, peer, now);

@@ -338,13 +338,13 @@ impl Allocation {
     /// Withdraws what the allocation gave, forgets channels and requests (connections.md section 8.4, 437).
     pub(super) fn invalidate(&mut self, out: &mut Out) {
         self.requests.clear();
-        let confirmed = self.channels.clear();
+        let open = self.channels.clear();
         let State::Allocated { active, granted } = &self.state else { return };
         let (active, relayed) = (*active, granted.relayed);
         for addr in relayed.into_iter().flatten() {
             out.events.push_back(RelayEvent::Invalidated(self.candidate(addr, active), self.id));
         }
-        for (number, peer) in confirmed {
+        for (number, peer) in open {
             let (relay, server) = (self.id, active.server);
             out.events.push_back(RelayEvent::ChannelGone { relay, server, number, peer });
         }
@@ -465,8 +465,10 @@ impl Allocation {
         let credentials = (!bare).then_some(&server.credentials);
         let payload = codec::encode(request, id, credentials, self.nonce.as_ref(), self.refresh_form);
         self.requests.sent(key, Sent { id, nonce: if bare { 0 } else { self.nonce_number } }, now);
-        if let Request::Bind { number, .. } = request {
-            self.channels.on_bind_sent(number, now);
+        if let Request::Bind { number, .. } = request
+            && let Some(peer) = self.channels.on_bind_sent(number, now)
+        {
+            out.events.push_back(RelayEvent::ChannelOpened { relay: self.id, server: dst, number, peer });
         }
         out.transmits.push_back(Transmit { src: None, dst, payload });
     }

@@ -2,6 +2,9 @@
 //!
 //! Bookkeeping only: it says what to bind and when; `allocation` sends the requests.
 //!
+//! A channel is *open* from the first bind that is sent for it until it lapses, is refused or goes with its allocation:
+//! the relay may send on it as soon as it has accepted the bind, and what it sends may overtake the success.
+//!
 //! ```text
 //!            bind sent              success             600 s, or not refreshed      900 s after the last
 //!   (free) -----------> Binding ---------------> Bound ------------------------> Lapsed ----------------> (free)
@@ -41,6 +44,8 @@ struct Channel {
     why: Use,
     /// No connection wants it.
     released: bool,
+    /// Control was told that data may come on it.
+    open: bool,
     /// Data went either way since the last bind.
     used: bool,
     /// When the last bind was sent or the last data came.
@@ -74,7 +79,7 @@ pub(super) enum Wanted {
 pub(super) enum Due {
     /// Send a bind for this bound channel.
     Refresh(u16),
-    /// A confirmed channel lapsed.
+    /// A bound channel lapsed: it is open no more.
     Gone(u16, SocketAddr),
     /// A number is free again.
     Free,
@@ -136,6 +141,7 @@ impl Channels {
             peer,
             why,
             released: false,
+            open: false,
             used: false,
             touched: now,
             state: State::Binding,
@@ -172,32 +178,34 @@ impl Channels {
         }
     }
 
-    /// A bind of `number` went out: the server may hold the number from now on.
-    pub(super) fn on_bind_sent(&mut self, number: u16, now: Instant) {
-        if let Some(channel) = self.by_number.get_mut(&number) {
-            channel.touched = now;
-        }
+    /// A bind of `number` went out: the server may hold the number from now on, and data may come on it before the
+    /// success does. The peer, if that is news.
+    pub(super) fn on_bind_sent(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
+        let channel = self.by_number.get_mut(&number)?;
+        channel.touched = now;
+        (!std::mem::replace(&mut channel.open, true)).then_some(channel.peer)
     }
 
-    /// The server confirmed `number`. The peer, if the channel was not bound before.
-    pub(super) fn on_bound(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
+    /// The server confirmed `number`. The peer and whether the channel opens by that only, if it was not bound before.
+    pub(super) fn on_bound(&mut self, number: u16, now: Instant) -> Option<(SocketAddr, bool)> {
         let channel = self.by_number.get_mut(&number)?;
         let was_bound = matches!(channel.state, State::Bound { .. });
         channel.state = State::Bound { since: now, refreshing: false };
         channel.used = false;
+        let opens = !std::mem::replace(&mut channel.open, true);
         let peer = channel.peer;
         self.set_due(number, Some(now + REFRESH));
-        (!was_bound).then_some(peer)
+        (!was_bound).then_some((peer, opens))
     }
 
-    /// The server refused `number`. The peer, if the channel was bound until now.
+    /// The server refused `number`. The peer, if the channel was open until now.
     pub(super) fn on_refused(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
         let channel = self.by_number.get_mut(&number)?;
-        let was_bound = matches!(channel.state, State::Bound { .. });
         channel.state = State::Refused { at: now };
+        let was_open = std::mem::take(&mut channel.open);
         let (peer, free_at) = (channel.peer, channel.touched + REUSE);
         self.set_due(number, Some(free_at.max(now + BACKOFF)));
-        was_bound.then_some(peer)
+        was_open.then_some(peer)
     }
 
     /// Data went over `number`. A bind for it, if the refresh is overdue.
@@ -235,16 +243,14 @@ impl Channels {
         self.by_number.get(&number).map(|channel| (channel.peer, channel.why))
     }
 
-    /// The allocation is gone and all channels with it. Those that were confirmed, in order of number.
+    /// The allocation is gone and all channels with it. Those that were open, in order of number.
     ///
     /// Numbers go on from where they were, so that a late packet does not meet another peer's channel.
     pub(super) fn clear(&mut self) -> Vec<(u16, SocketAddr)> {
         self.by_peer.clear();
         self.due.clear();
-        let confirmed = |(number, channel): (u16, Channel)| {
-            matches!(channel.state, State::Bound { .. }).then_some((number, channel.peer))
-        };
-        let mut gone: Vec<_> = self.by_number.drain().filter_map(confirmed).collect();
+        let open = |(number, channel): (u16, Channel)| channel.open.then_some((number, channel.peer));
+        let mut gone: Vec<_> = self.by_number.drain().filter_map(open).collect();
         gone.sort_unstable();
         gone
     }
@@ -268,6 +274,7 @@ impl Channels {
                 State::Bound { refreshing, .. } => {
                     // A refresh in flight may still confirm it.
                     channel.state = if refreshing { State::Rebinding } else { State::Lapsed };
+                    channel.open = false;
                     let free_at = channel.touched + REUSE;
                     self.set_due(number, (!refreshing).then_some(free_at));
                     return Some(Due::Gone(number, peer));
@@ -317,8 +324,8 @@ mod tests {
 
     fn bound(channels: &mut Channels, n: usize, why: Use, now: Instant) -> u16 {
         let Wanted::Bind(number) = channels.want(peer(n), why, now) else { panic!("no number for {n}") };
-        channels.on_bind_sent(number, now);
-        assert_eq!(channels.on_bound(number, now), Some(peer(n)));
+        assert_eq!(channels.on_bind_sent(number, now), Some(peer(n)));
+        assert_eq!(channels.on_bound(number, now), Some((peer(n), false)));
         number
     }
 
@@ -333,13 +340,13 @@ mod tests {
         assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
         assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Nothing);
         assert_eq!(channels.sendable(peer(1), t), Some(0x4000));
-        assert_eq!(channels.on_bound(0x4000, t), Some(peer(1)));
+        assert_eq!(channels.on_bound(0x4000, t), Some((peer(1), true)));
         assert_eq!(channels.sendable(peer(1), t + secs(599)), Some(0x4000));
         assert_eq!(channels.sendable(peer(1), t + secs(600)), None);
         assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(0x4000, peer(1))));
         assert_eq!(channels.want(peer(1), Use::Checked, t + secs(700)), Wanted::Bind(0x4000));
         assert_eq!(channels.sendable(peer(1), t + secs(700)), None, "a lapsed number waits for the success");
-        assert_eq!(channels.on_bound(0x4000, t + secs(701)), Some(peer(1)));
+        assert_eq!(channels.on_bound(0x4000, t + secs(701)), Some((peer(1), true)));
         assert_eq!(channels.sendable(peer(1), t + secs(701)), Some(0x4000));
     }
 
@@ -426,7 +433,8 @@ mod tests {
         let mut channels = Channels::default();
         assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
         channels.on_bind_sent(0x4000, t);
-        assert_eq!(channels.on_refused(0x4000, t), None);
+        assert_eq!(channels.on_refused(0x4000, t), Some(peer(1)));
+        assert_eq!(channels.on_refused(0x4000, t), None, "once");
         assert_eq!(channels.sendable(peer(1), t), None);
         assert_eq!(channels.want(peer(1), Use::Checked, t + secs(29)), Wanted::Nothing);
         assert_eq!(channels.want(peer(1), Use::Checked, t + secs(30)), Wanted::Bind(0x4001));
@@ -440,13 +448,33 @@ mod tests {
     }
 
     #[test]
-    fn clearing_names_the_confirmed_ones_and_numbers_go_on() {
+    fn clearing_names_the_open_ones_and_numbers_go_on() {
         let t = start();
         let mut channels = Channels::default();
         bound(&mut channels, 1, Use::Checked, t);
-        assert_eq!(channels.want(peer(2), Use::Checked, t), Wanted::Bind(0x4001));
-        assert_eq!(channels.clear(), [(0x4000, peer(1))]);
+        for (n, number) in [(2, 0x4001), (3, 0x4002)] {
+            assert_eq!(channels.want(peer(n), Use::Checked, t), Wanted::Bind(number));
+            channels.on_bind_sent(number, t);
+        }
+        channels.on_refused(0x4002, t);
+        assert_eq!(channels.clear(), [(0x4000, peer(1)), (0x4001, peer(2))]);
         assert_eq!(channels.poll_timeout(), None);
-        assert_eq!(channels.want(peer(2), Use::Checked, t), Wanted::Bind(0x4002));
+        assert_eq!(channels.want(peer(2), Use::Checked, t), Wanted::Bind(0x4003));
+    }
+
+    #[test]
+    fn a_channel_that_lapses_while_its_refresh_is_in_flight_opens_again_by_a_repetition_or_the_success() {
+        let t = start();
+        for repeated in [true, false] {
+            let mut channels = Channels::default();
+            let number = bound(&mut channels, 1, Use::Nominated, t);
+            assert_eq!(channels.pop_due(t + secs(599)), Some(Due::Refresh(number)));
+            assert_eq!(channels.on_bind_sent(number, t + secs(599)), None, "it is open already");
+            assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(number, peer(1))));
+            if repeated {
+                assert_eq!(channels.on_bind_sent(number, t + secs(600)), Some(peer(1)));
+            }
+            assert_eq!(channels.on_bound(number, t + secs(601)), Some((peer(1), !repeated)));
+        }
     }
 }

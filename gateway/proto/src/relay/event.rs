@@ -52,7 +52,22 @@ pub enum RelayEvent {
     Gone(RelayId),
     /// Every server address of every relay, sorted; sent when the set changed.
     Servers(Arc<[SocketAddr]>),
-    /// The relay confirmed this channel (sent once per channel, not per refresh).
+    /// A bind for this channel was sent: from now on data may come on it, ahead of the relay's confirmation even.
+    ///
+    /// Until it is confirmed nobody but the relay can say so: what comes on it counts only from the relay's own address.
+    /// A relay that holds the number for somebody else refuses the bind; what it sends until then bears the wrong peer,
+    /// which neither ICE nor WireGuard believe.
+    ChannelOpened {
+        /// Whose.
+        relay: RelayId,
+        /// The relay's address that carries the channel.
+        server: SocketAddr,
+        /// The number.
+        number: u16,
+        /// The far end.
+        peer: SocketAddr,
+    },
+    /// The relay confirmed this open channel (sent once per channel, not per refresh).
     ChannelBound {
         /// Whose.
         relay: RelayId,
@@ -63,7 +78,7 @@ pub enum RelayEvent {
         /// The far end.
         peer: SocketAddr,
     },
-    /// A confirmed channel lapsed, or its allocation is gone.
+    /// An open channel lapsed or was refused, or its allocation is gone: nothing that comes on it counts any more.
     ChannelGone {
         /// Whose.
         relay: RelayId,

@@ -172,8 +172,10 @@ fn a_stale_nonce_is_replaced_and_the_request_repeated() {
         world.run(secs(1));
         assert_eq!(world.take_kinds(), [BIND, BIND], "{flavor:?}");
         let server = addr("203.0.113.2:3478");
-        let bound = RelayEvent::ChannelBound { relay: id(0), server, number: 0x4000, peer: addr(PEER) };
-        assert_eq!(world.take_events(), [bound], "{flavor:?}");
+        let (relay, number, peer) = (id(0), 0x4000, addr(PEER));
+        let opened = RelayEvent::ChannelOpened { relay, server, number, peer };
+        let bound = RelayEvent::ChannelBound { relay, server, number, peer };
+        assert_eq!(world.take_events(), [opened, bound], "{flavor:?}");
     }
 }
 
@@ -216,9 +218,12 @@ fn a_lost_allocation_is_replaced_and_its_channels_are_gone() {
     assert_eq!(
         world.take_events(),
         [
+            RelayEvent::ChannelOpened { relay, server, number: 0x4001, peer: other },
             RelayEvent::Invalidated(old, relay),
             RelayEvent::ChannelGone { relay, server, number: 0x4000, peer },
+            RelayEvent::ChannelGone { relay, server, number: 0x4001, peer: other },
             RelayEvent::Added(new, relay),
+            RelayEvent::ChannelOpened { relay, server, number: 0x4002, peer: other },
             RelayEvent::ChannelBound { relay, server, number: 0x4002, peer: other },
         ]
     );
@@ -450,6 +455,40 @@ fn checks_travel_through_the_channel_while_its_bind_is_in_flight() {
     world.run(secs(1));
     assert_eq!(world.delivered.len(), 1);
     assert_eq!((world.delivered[0].dst, world.delivered[0].payload.as_slice()), (addr(PEER), &b"second"[..]));
+}
+
+#[test]
+fn a_channel_is_open_from_its_bind_to_its_refusal_or_the_end_of_the_allocation() {
+    let open = |world: &mut World| {
+        let mut open = false;
+        for event in world.take_events() {
+            match event {
+                RelayEvent::ChannelOpened { .. } => open = true,
+                RelayEvent::ChannelGone { .. } => open = false,
+                _ => {}
+            }
+        }
+        open
+    };
+    let mut world = World::with_one(Flavor::Firezone, 3478);
+    world.relays.bind(id(0), addr(PEER), Use::Checked, world.now);
+    world.pump();
+    assert!(open(&mut world), "before any answer: what the relay sends may overtake its success");
+
+    for refused in [Some((BIND, 400)), Some((BIND, 443)), None] {
+        let mut world = World::with_one(Flavor::Firezone, 3478);
+        world.twins[0].refuse = refused;
+        // Without a refusal it is the silence that ends it.
+        world.twins[0].deaf = refused.is_none();
+        world.relays.bind(id(0), addr(PEER), Use::Checked, world.now);
+        world.pump();
+        assert!(open(&mut world), "{refused:?}");
+        world.run(secs(9));
+        assert!(world.events.iter().any(|e| matches!(e, RelayEvent::ChannelGone { .. })), "{refused:?}");
+        assert!(!open(&mut world), "{refused:?}");
+        world.run(secs(20));
+        assert!(!open(&mut world), "{refused:?}");
+    }
 }
 
 #[test]

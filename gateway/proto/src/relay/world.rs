@@ -215,19 +215,23 @@ impl Ledger {
                     let of_it = |c: &LocalCandidate| matches!(c, LocalCandidate::Relayed { relay, .. } if relay == gone);
                     assert!(!self.candidates.iter().any(of_it), "{gone} went without its candidates");
                 }
-                RelayEvent::ChannelBound { server, number, peer, .. } => {
+                RelayEvent::ChannelOpened { server, number, peer, .. } => {
                     assert!(self.channels.values().all(|p| p != peer) || self.other_server(*server, *peer));
                     assert_eq!(
                         self.channels.insert((*server, *number), *peer),
                         None,
-                        "{number:#x} bound twice"
+                        "{number:#x} opened twice"
                     );
+                }
+                RelayEvent::ChannelBound { server, number, peer, .. } => {
+                    let open = self.channels.get(&(*server, *number));
+                    assert_eq!(open, Some(peer), "{number:#x} was bound without being opened");
                 }
                 RelayEvent::ChannelGone { server, number, peer, .. } => {
                     assert_eq!(
                         self.channels.remove(&(*server, *number)),
                         Some(*peer),
-                        "{number:#x} was not bound"
+                        "{number:#x} was not open"
                     );
                 }
                 RelayEvent::NoneLeft => self.none_left += 1,

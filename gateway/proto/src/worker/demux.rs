@@ -61,7 +61,7 @@ impl Demux {
         self.relays.extend(servers);
     }
 
-    /// A channel is confirmed for `peer`, or gone.
+    /// A channel is open for `peer` (a bind was sent, and its relay may use it from the moment it accepts), or gone.
     pub fn set_channel(&mut self, key: ChannelKey, peer: Option<SocketAddr>) {
         match peer {
             Some(peer) => {

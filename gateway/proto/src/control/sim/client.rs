@@ -206,7 +206,7 @@ impl Client {
         while let Some(event) = self.relays.poll_event() {
             match event {
                 RelayEvent::Added(found, relay) if self.started && relay == self.relay => self.adds(&found),
-                RelayEvent::ChannelBound { server, number, peer, .. } => {
+                RelayEvent::ChannelOpened { server, number, peer, .. } => {
                     self.channels.insert((server, number), peer);
                 }
                 RelayEvent::ChannelGone { server, number, .. } => {

@@ -181,8 +181,12 @@ impl Allocation {
             Request::Refresh | Request::Deallocate => self.on_refreshed(pending, success, now, out),
             Request::Bind { number, .. } => {
                 let server = pending.dst;
-                if let Some(peer) = self.channels.on_bound(number, now) {
+                if let Some((peer, opens)) = self.channels.on_bound(number, now) {
                     tracing::debug!(relay = %self.id, number, %peer, "Channel bound");
+                    if opens {
+                        let relay = self.id;
+                        out.events.push_back(RelayEvent::ChannelOpened { relay, server, number, peer });
+                    }
                     out.events.push_back(RelayEvent::ChannelBound { relay: self.id, server, number, peer });
                 }
             }
