@@ -74,7 +74,7 @@ pub(super) struct Connection {
     lines_left: usize,
     /// Senders of authenticated requests.
     heard: HashSet<SocketAddr, FxBuildHasher>,
-    /// Channels this connection asked for.
+    /// Channels this connection asked for and holds.
     channels: HashSet<(RelayId, SocketAddr), FxBuildHasher>,
 }
 
@@ -288,7 +288,7 @@ impl Connection {
     pub(super) fn lose_relay(&mut self, shared: &mut Shared) {
         if let Some(relay) = self.relay.take() {
             shared.deselect(relay, self.client);
-            self.channels.retain(|(on, _)| *on != relay);
+            self.let_go(|(on, _)| on == relay, shared);
         }
         shared.orphans.insert(self.client);
     }
@@ -369,9 +369,7 @@ impl Connection {
         if let Some(pair) = self.pair() {
             shared.leave_path(pair.via, pair.remote, self.client);
         }
-        for (relay, peer) in self.channels.drain() {
-            shared.relays.release(relay, peer);
-        }
+        self.let_go(|_| true, shared);
     }
 
     /// What the workers know it by.
@@ -412,8 +410,9 @@ impl Connection {
             shared.router.sent(&payload, self.client, now);
             let transmit = match self.relayed.iter().find(|r| r.addr == check.source) {
                 Some(relayed) => {
-                    self.channels.insert((relayed.relay, check.destination));
-                    shared.relays.wrap(relayed.relay, check.destination, &payload, now)
+                    let relay = relayed.relay;
+                    self.hold(relay, check.destination, shared);
+                    shared.relays.wrap(relay, check.destination, &payload, now)
                 }
                 None => Some(Transmit { src: Some(check.source), dst: check.destination, payload }),
             };

@@ -26,6 +26,8 @@ pub(super) struct Shared {
     /// Whose nominated pair goes through our relay to a peer address. A list, because nothing stops two clients
     /// from signalling one address.
     paths: FxHashMap<(RelayId, SocketAddr), Vec<ClientId>>,
+    /// How many connections hold a channel: two clients behind one router may signal one address.
+    holders: FxHashMap<(RelayId, SocketAddr), usize>,
 }
 
 impl Shared {
@@ -38,6 +40,23 @@ impl Shared {
             orphans: FxHashSet::default(),
             users: FxHashMap::default(),
             paths: FxHashMap::default(),
+            holders: FxHashMap::default(),
+        }
+    }
+
+    /// One more connection wants our channel on `relay` to `peer`; every call is answered by one of
+    /// [`Shared::let_go`].
+    pub(super) fn hold(&mut self, relay: RelayId, peer: SocketAddr) {
+        *self.holders.entry((relay, peer)).or_default() += 1;
+    }
+
+    /// One connection less wants it; nobody at all: it may lapse.
+    pub(super) fn let_go(&mut self, relay: RelayId, peer: SocketAddr) {
+        let Some(holders) = self.holders.get_mut(&(relay, peer)) else { return };
+        *holders -= 1;
+        if *holders == 0 {
+            self.holders.remove(&(relay, peer));
+            self.relays.release(relay, peer);
         }
     }
 
@@ -83,5 +102,13 @@ impl Shared {
     /// The clients whose nominated pairs go through `relay` to `remote`.
     pub(super) fn on_path(&self, relay: RelayId, remote: SocketAddr) -> Vec<ClientId> {
         self.paths.get(&(relay, remote)).cloned().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+impl Shared {
+    /// Channels that some connection holds.
+    pub(super) fn held_channels(&self) -> usize {
+        self.holders.len()
     }
 }

@@ -1,6 +1,7 @@
 //! Tests of the spine: authorizations over time, reuse and replacement.
 
 mod log;
+mod relays;
 mod stun;
 
 use std::time::{Duration, Instant};

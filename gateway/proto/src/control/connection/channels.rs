@@ -4,25 +4,40 @@
 use std::{net::SocketAddr, time::Instant};
 
 use super::Connection;
-use crate::{control::shared::Shared, relay::Use};
+use crate::{control::shared::Shared, ids::RelayId, relay::Use};
 
 impl Connection {
+    /// Wants a channel to `peer` on the selected relay, if there is one.
     pub(super) fn want_channel(&mut self, peer: SocketAddr, why: Use, shared: &mut Shared, now: Instant) {
         if let Some(relay) = self.relay {
-            self.channels.insert((relay, peer));
+            self.hold(relay, peer, shared);
             shared.relays.bind(relay, peer, why, now);
         }
     }
 
+    /// Notes that a channel is asked for; it is this connection's until [`Connection::let_go`].
+    pub(super) fn hold(&mut self, relay: RelayId, peer: SocketAddr, shared: &mut Shared) {
+        if self.channels.insert((relay, peer)) {
+            shared.hold(relay, peer);
+        }
+    }
+
+    /// Nobody signals `peer` any more.
     pub(super) fn drop_channel(&mut self, peer: SocketAddr, shared: &mut Shared) {
         // Another candidate of the same address may still want it.
-        if self.signalled.iter().any(|(_, addr)| *addr == peer) {
-            return;
+        if !self.signalled.iter().any(|(_, addr)| *addr == peer) {
+            self.let_go(|(_, to)| to == peer, shared);
         }
-        let unwanted: Vec<_> = self.channels.iter().filter(|(_, p)| *p == peer).copied().collect();
-        for (relay, peer) in unwanted {
-            self.channels.remove(&(relay, peer));
-            shared.relays.release(relay, peer);
-        }
+    }
+
+    /// Gives up those channels; one that no other connection holds either may lapse.
+    pub(super) fn let_go(&mut self, which: impl Fn((RelayId, SocketAddr)) -> bool, shared: &mut Shared) {
+        self.channels.retain(|(relay, peer)| {
+            let unwanted = which((*relay, *peer));
+            if unwanted {
+                shared.let_go(*relay, *peer);
+            }
+            !unwanted
+        });
     }
 }

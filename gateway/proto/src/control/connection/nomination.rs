@@ -139,7 +139,7 @@ impl Connection {
         }
         shared.enter_path(via, remote, self.client);
         if let Some(relay) = via {
-            self.channels.insert((relay, remote));
+            self.hold(relay, remote, shared);
             shared.relays.bind(relay, remote, Use::Nominated, now);
         }
         self.nominations = (now, 0);
