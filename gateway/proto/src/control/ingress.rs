@@ -91,6 +91,7 @@ impl Control {
     /// Connects and allows. `relay` is only missing where a connection is reused.
     pub(super) fn serve(&mut self, authorize: Authorize, relay: Option<RelayId>, now: Instant) {
         let id = authorize.client.id;
+        self.placement.enter(id);
         self.connect(&authorize, relay, now);
         let expires = self.clock.deadline(authorize.expires_at);
         let client = self.clients.get_mut(&id).expect("connected just now");

@@ -20,12 +20,14 @@ mod early;
 mod hold;
 mod index;
 mod ingress;
+mod placement;
 mod shared;
 mod stun_router;
 mod timers;
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -40,12 +42,13 @@ use self::{
     connection::Connection,
     early::Early,
     index::Indices,
+    placement::Placement,
     shared::Shared,
     timers::Timers,
 };
 use crate::{
     addr::TunnelAddrs,
-    command::{self, ClientState, Command, Home, StunDatagram, WorkerEvent},
+    command::{self, ClientState, Command, StunDatagram, WorkerEvent},
     ids::{ClientId, ConnectionIndex, RelayId, WorkerId},
     portal::messages::{Egress, FlowLogs, Ingress},
     relay::{RelayEvent, Relays},
@@ -114,6 +117,7 @@ pub struct Status {
 pub struct Control {
     clients: FxHashMap<ClientId, Client>,
     shared: Shared,
+    placement: Placement,
     timers: Timers<ClientId>,
     parked: Parked,
     early: Early,
@@ -150,6 +154,7 @@ impl Control {
         Self {
             clients: FxHashMap::default(),
             shared: Shared::new(Relays::new(rng.random())),
+            placement: Placement::new(config.workers),
             timers: Timers::new(),
             parked: Parked::default(),
             early: Early::default(),
@@ -208,7 +213,7 @@ impl Control {
     pub fn handle_worker_event(&mut self, event: WorkerEvent, now: Instant) {
         match event {
             WorkerEvent::Stun(datagram) => self.on_stun(&datagram, now),
-            WorkerEvent::Adopted { .. } => {}
+            WorkerEvent::Adopted { id, order, .. } => self.placement.on_adopted(id, order),
             WorkerEvent::Established { id, index } => {
                 if self.is_current(id, index) {
                     debug!(client = %id, "Session established");
@@ -223,6 +228,7 @@ impl Control {
             }
             WorkerEvent::Activity { id, index, at } => {
                 if self.is_current(id, index) {
+                    self.placement.on_activity(id, at);
                     self.touch(id, now, |connection, _| connection.on_activity(at));
                 }
             }
@@ -245,6 +251,10 @@ impl Control {
         if unserved > 0 {
             info!(unserved, "Authorizations found no relay in time");
         }
+        if let Some(id) = self.placement.handle_timeout(now) {
+            debug!(client = %id, "Moving to another worker, for balance");
+            self.mark_changed(id);
+        }
         while let Some(id) = self.timers.pop_due(now) {
             self.expire_authorizations(id, now);
             self.touch(id, now, |_, _| ());
@@ -264,11 +274,8 @@ impl Control {
         }
         if let Some(id) = self.changed.pop_front() {
             self.is_changed.remove(&id);
-            return Some(Command::Client {
-                id,
-                home: Home::at(WorkerId::FIRST),
-                desired: self.client_state(id),
-            });
+            let home = self.placement.tell(id);
+            return Some(Command::Client { id, home, desired: self.client_state(id) });
         }
         std::mem::take(&mut self.shutdown).then_some(Command::Shutdown)
     }
@@ -300,6 +307,7 @@ impl Control {
             self.shared.relays.poll_timeout(),
             self.timers.earliest(),
             self.parked.deadline(),
+            self.placement.poll_timeout(),
             self.early.deadline(),
         ]
         .into_iter()
@@ -319,6 +327,12 @@ impl Control {
     #[must_use]
     pub fn is_relay_usable(&self) -> bool {
         self.shared.relays.is_usable()
+    }
+
+    /// The worker that holds the client, or is about to.
+    #[must_use]
+    pub fn home_of(&self, client: ClientId) -> Option<WorkerId> {
+        self.placement.home(client)
     }
 
     /// How things are. Looks at every client: not for each packet.
@@ -349,16 +363,25 @@ impl Control {
         if datagram.via.is_none() && self.shared.relays.handle_stun(datagram, now) {
             return;
         }
-        let StunDatagram { local, from, via, ref payload, .. } = *datagram;
+        let StunDatagram { heard_by, local, from, via, ref payload } = *datagram;
         let mut used = false;
         if let Some((id, message)) = self.shared.router.route(payload, now) {
             self.touch(id, now, |connection, shared| {
                 used = connection.handle_stun(&message, from, local, via, shared, now)
             });
+            let of_its_path = used && via.is_none() && self.is_direct_path(id, local, from);
+            if of_its_path && self.placement.on_heard(id, heard_by, now) {
+                debug!(client = %id, worker = %heard_by, "Moving to the worker that its path reaches");
+                self.mark_changed(id);
+            }
         }
         if !used {
             self.counters.count(DropReason::UnmatchedStun);
         }
+    }
+
+    fn is_direct_path(&self, id: ClientId, local: SocketAddr, remote: SocketAddr) -> bool {
+        self.clients.get(&id).is_some_and(|c| c.path == Some(command::Path::Direct { local, remote }))
     }
 
     /// Follows the relays until they have nothing more to say, then helps those who wait for one.
@@ -410,7 +433,7 @@ impl Control {
         }
     }
 
-    fn refresh_paths(&mut self, relay: RelayId, peer: std::net::SocketAddr, now: Instant) {
+    fn refresh_paths(&mut self, relay: RelayId, peer: SocketAddr, now: Instant) {
         for id in self.shared.on_path(relay, peer) {
             self.touch(id, now, |_, _| ());
         }
@@ -486,6 +509,7 @@ impl Control {
     fn remove_client(&mut self, id: ClientId) {
         self.fail(id);
         if self.clients.remove(&id).is_some() {
+            self.placement.leave(id);
             self.mark_changed(id);
         }
         self.timers.set(id, None);

@@ -1,5 +1,6 @@
 //! Tests of the spine: authorizations over time, reuse and replacement.
 
+mod homes;
 mod log;
 mod relays;
 mod stun;

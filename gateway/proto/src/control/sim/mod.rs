@@ -27,11 +27,11 @@ use uuid::Uuid;
 
 pub(super) use self::client::resource_of;
 use self::{client::Client, nat::Nat};
-use super::{Config, Control, Event};
+use super::{Config, Control, Event, Workers};
 use crate::{
     addr::TunnelAddrs,
-    command::{ChannelUse, ClientState, Command, Connection, Path, StunDatagram, WorkerEvent},
-    ids::{ClientId, ConnectionIndex, RelayId},
+    command::{ChannelUse, ClientState, Command, Connection, Home, Path, StunDatagram, WorkerEvent},
+    ids::{ClientId, ConnectionIndex, RelayId, WorkerId},
     portal::messages::{AuthorizationRef, Egress, Ingress, Init},
     relay::twin::{Flavor, Packet, Twin},
     sink::Transmit,
@@ -85,6 +85,10 @@ pub(super) struct World {
     pub(super) events: Vec<Event>,
     /// The last state of each client that a worker was told.
     pub(super) states: HashMap<ClientId, Option<Arc<ClientState>>>,
+    /// Every home that the workers were told, in order.
+    pub(super) homes: Vec<(ClientId, Home)>,
+    /// The worker that the kernel brings datagrams to.
+    pub(super) heard_by: WorkerId,
     channels: HashMap<(SocketAddr, u16), SocketAddr>,
     relay_servers: Arc<[SocketAddr]>,
     gateway_hosts: Vec<SocketAddr>,
@@ -102,6 +106,15 @@ impl World {
     /// and `init` delivered.
     pub(super) fn new(start: Instant, relays: u8) -> Self {
         Self::with_nats(start, relays, None, None)
+    }
+
+    /// The same with several workers.
+    pub(super) fn with_workers(start: Instant, workers: Workers) -> Self {
+        let mut world = Self::bare(start, 1, None, None);
+        let unix_now = Duration::from_secs(UNIX_START);
+        world.gateway = Control::new(Config { seed: 1, unix_now, now: start, workers });
+        world.begins();
+        world
     }
 
     pub(super) fn with_nats(
@@ -151,18 +164,15 @@ impl World {
             portal_latency: Duration::from_millis(3),
             portal_is_up: true,
             direct_is_blocked: false,
-            gateway: Control::new(Config {
-                seed: 1,
-                unix_now,
-                now: start,
-                workers: crate::control::Workers::ONE,
-            }),
+            gateway: Control::new(Config { seed: 1, unix_now, now: start, workers: Workers::ONE }),
             client: Client::new(client_host, start),
             twins,
             sent: Vec::new(),
             said: Vec::new(),
             events: Vec::new(),
             states: HashMap::new(),
+            homes: Vec::new(),
+            heard_by: WorkerId::FIRST,
             channels: HashMap::new(),
             relay_servers: Arc::default(),
             gateway_hosts: vec![gateway_host],
@@ -341,7 +351,8 @@ impl World {
     fn after_anything(&mut self) {
         while let Some(command) = self.gateway.poll_command() {
             match command {
-                Command::Client { id, desired, .. } => {
+                Command::Client { id, home, desired } => {
+                    self.homes.push((id, home));
                     self.states.insert(id, desired);
                 }
                 Command::Channel { server, number, peer: Some(peer) } => {
@@ -449,16 +460,14 @@ impl World {
                 let used = ChannelUse { server: src, number: data.number, received: true, sent: false };
                 self.gateway.handle_worker_event(WorkerEvent::ChannelsUsed(vec![used]), self.now);
                 StunDatagram {
-                    heard_by: crate::WorkerId::FIRST,
+                    heard_by: self.heard_by,
                     local: dst,
                     from: peer,
                     via: Some(src),
                     payload: data.payload.to_vec(),
                 }
             }
-            None => {
-                StunDatagram { heard_by: crate::WorkerId::FIRST, local: dst, from: src, via: None, payload }
-            }
+            None => StunDatagram { heard_by: self.heard_by, local: dst, from: src, via: None, payload },
         };
         if gateway_common::classify(&stun.payload) == gateway_common::PayloadKind::Stun {
             self.gateway.handle_worker_event(WorkerEvent::Stun(stun), self.now);
