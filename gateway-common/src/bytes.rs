@@ -1,4 +1,5 @@
-//! Bounded access to bytes that may end anywhere: a slice in user space, a frame between `data` and `data_end` in XDP.
+//! Bounded access to bytes that may end anywhere: a slice in user space, a frame between `data` and `data_end` in XDP,
+//! a packet that a helper reads in the steering programs.
 //!
 //! Every parser of this crate that both sides run reads through [`Bytes`]. Each read is one piece with one bounds check,
 //! because that is what the BPF verifier can follow; a slice made of packet pointers is not.

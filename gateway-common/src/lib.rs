@@ -1,6 +1,6 @@
 //! The contract of kernel and user space: what a frame is, what is done with it, what is counted.
 //!
-//! No allocation, no `std`: the same code runs in the XDP program, in the workers and in the fuzzer.
+//! No allocation, no `std`: the same code runs in the kernel's programs, in the workers and in the fuzzer.
 #![no_std]
 
 #[cfg(any(test, feature = "frame-table"))]
@@ -16,6 +16,9 @@ pub mod frame_kind;
 #[cfg(any(test, feature = "frame-table"))]
 pub mod frame_table;
 pub mod maps;
+pub mod steer;
+#[cfg(any(test, feature = "frame-table"))]
+pub mod steer_table;
 
 pub use classify::{PayloadKind, classify};
 pub use drop_reason::{Counters, DropReason};

@@ -5,13 +5,18 @@
 
 /// Changed whenever a map, its key or value, or the meaning of one of them changes. The object carries the number in
 /// section [`ABI_SECTION`]; the loader refuses another one.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// The read-only section (and map) in which the object keeps its [`ABI_VERSION`], 4 bytes, native order.
 pub const ABI_SECTION: &str = ".rodata.abi";
 
 /// How many workers there may be: worker numbers are below it, and maps that hold something per worker have this many
 /// entries.
 pub const MAX_WORKERS: usize = 64;
+
+/// How many clients the kernel is told of. Far more than one gateway serves, and the empty maps take 3 MiB (16 bytes for
+/// each entry they may get; entries themselves are allocated when they come). A client beyond it is steered by nothing
+/// and reaches its worker through the other workers.
+pub const MAX_CLIENTS: usize = 65_536;
 
 /// Calls `$then!` with the list of maps: `/// doc`, `NAME: kind<key, value>[capacity];` each.
 ///
@@ -22,6 +27,12 @@ macro_rules! maps {
         $then! {
             /// Frames seen on attached interfaces, by [`FrameKind`]($crate::FrameKind), for each CPU.
             COUNTERS: PerCpuArray<u32, $crate::maps::FrameCount>[$crate::FrameKind::COUNT];
+            /// The worker of each connection: where datagrams with a WireGuard receiver index go.
+            SESSIONS: HashMap<$crate::maps::SessionKey, $crate::maps::Owner>[$crate::maps::MAX_CLIENTS];
+            /// The worker of each tunnel address, two for each client: where packets that the kernel routes into the TUN go.
+            TUNNELS: HashMap<$crate::maps::TunnelKey, $crate::maps::Owner>[2 * $crate::maps::MAX_CLIENTS];
+            /// The workers' UDP sockets, by [`socket_key`]($crate::maps::socket_key).
+            SOCKETS: ReusePortSockArray<u32, u32>[2 * $crate::maps::MAX_WORKERS];
         }
     };
 }
@@ -39,11 +50,87 @@ pub struct FrameCount {
 
 const _: () = assert!(size_of::<FrameCount>() == 16 && align_of::<FrameCount>() == 8);
 
+/// A key of [`SESSIONS`]: one connection, by what all WireGuard indices have in common that we hand out for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[repr(C)]
+pub struct SessionKey {
+    /// The upper 24 bits of the index (connections.md section 10.2), native order.
+    pub connection: u32,
+}
+
+const _: () = assert!(size_of::<SessionKey>() == 4);
+
+/// A key of [`TUNNELS`]: an address in the tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[repr(C)]
+pub struct TunnelKey {
+    /// IPv6, or IPv4 mapped into it (RFC 4291 section 2.5.5.2), in the order of the wire.
+    pub address: [u8; 16],
+}
+
+const _: () = assert!(size_of::<TunnelKey>() == 16);
+
+impl TunnelKey {
+    /// The key of an IPv4 address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn v4([a, b, c, d]: [u8; 4]) -> Self {
+        Self { address: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
+    }
+
+    /// The key of an IPv6 address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn v6(address: [u8; 16]) -> Self {
+        Self { address }
+    }
+}
+
+/// A value of [`SESSIONS`] and [`TUNNELS`]: whose a client is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(bytemuck::Pod, bytemuck::Zeroable))]
+#[repr(C)]
+pub struct Owner {
+    /// The worker's number, below [`MAX_WORKERS`].
+    pub worker: u32,
+}
+
+const _: () = assert!(size_of::<Owner>() == 4);
+
+/// The key in [`SOCKETS`] of a worker's socket for one family: IPv4 first, then IPv6.
+#[inline(always)]
+#[must_use]
+pub const fn socket_key(worker: u32, ipv6: bool) -> u32 {
+    #[expect(clippy::cast_possible_truncation, reason = "64")]
+    const MAX: u32 = MAX_WORKERS as u32;
+    if ipv6 { worker.wrapping_add(MAX) } else { worker }
+}
+
 /// The kinds of maps in the list; the names are aya's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MapKind {
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`.
     PerCpuArray,
+    /// `BPF_MAP_TYPE_HASH` with `BPF_F_NO_PREALLOC`: memory is taken for the entries that there are. Only user space
+    /// writes to such a map, so no program ever waits for memory.
+    HashMap,
+    /// `BPF_MAP_TYPE_REUSEPORT_SOCKARRAY`.
+    ReusePortSockArray,
+}
+
+impl MapKind {
+    /// The flags the map is made with.
+    #[must_use]
+    pub const fn flags(self) -> u32 {
+        /// linux/bpf.h
+        const BPF_F_NO_PREALLOC: u32 = 1;
+        match self {
+            Self::HashMap => BPF_F_NO_PREALLOC,
+            Self::PerCpuArray | Self::ReusePortSockArray => 0,
+        }
+    }
 }
 
 /// One map of the list.
@@ -85,6 +172,18 @@ crate::maps!(describe);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_worker_has_a_socket_of_each_family() {
+        let mut seen = [false; 2 * MAX_WORKERS];
+        for worker in 0..64 {
+            for ipv6 in [false, true] {
+                let slot = &mut seen[usize::try_from(socket_key(worker, ipv6)).unwrap()];
+                assert!(!std::mem::replace(slot, true), "worker {worker}, IPv6 {ipv6}: the key is taken");
+            }
+        }
+        assert!(seen.iter().all(|taken| *taken));
+    }
 
     #[test]
     fn names_fit_the_kernel_and_are_unique() {

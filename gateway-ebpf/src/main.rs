@@ -7,6 +7,9 @@
 
 mod maps;
 mod packet;
+mod skb;
+mod steer_socket;
+mod steer_tun;
 mod uplink;
 
 /// Which contract this object was built for; the loader compares it with its own. A map of its own, because that is

@@ -13,6 +13,23 @@ macro_rules! declare {
         pub static $name: aya_ebpf::btf_maps::PerCpuArray<$value, { $capacity }> =
             aya_ebpf::btf_maps::PerCpuArray::new();
     };
+    (@HashMap $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
+        $(#[$doc])+
+        #[btf_map]
+        pub static $name: aya_ebpf::btf_maps::HashMap<
+            $key,
+            $value,
+            { $capacity },
+            { gateway_common::maps::MapKind::HashMap.flags() as usize },
+        > = aya_ebpf::btf_maps::HashMap::new();
+    };
+    // Keys and values of these are u32, a number and a socket.
+    (@ReusePortSockArray $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
+        $(#[$doc])+
+        #[btf_map]
+        pub static $name: aya_ebpf::btf_maps::ReusePortSockArray<{ $capacity }> =
+            aya_ebpf::btf_maps::ReusePortSockArray::new();
+    };
 }
 
 gateway_common::maps!(declare);

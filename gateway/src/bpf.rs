@@ -1,21 +1,24 @@
-//! The kernel plane's programs as the daemon sees them: the embedded object, loading it, attaching it, its counters.
+//! The kernel plane's programs as the daemon sees them: the embedded object, loading it, what its maps must be.
 //!
-//! It spells no map's name, type or size: those are in `gateway_common::maps`, and [`KernelPlane::load`] compares what
+//! It spells no map's name, type or size: those are in `gateway_common::maps`, and [`KernelPlane::open`] compares what
 //! the object made with that list. It decides nothing about interfaces or modes.
 
+#[cfg_attr(not(test), expect(dead_code, reason = "the data plane takes it up together with its workers"))]
+mod steering;
 #[cfg(test)]
 mod tests;
+mod tun_ioctl;
+mod uplink;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
-    maps::{Array, MapData, MapType, PerCpuArray},
-    programs::{Xdp, XdpMode},
+    maps::{Array, MapType},
 };
-use gateway_common::{
-    FrameCount, FrameKind,
-    maps::{self, MapKind, MapSpec},
-};
+use gateway_common::maps::{self, MapKind, MapSpec};
+
+#[cfg_attr(not(test), expect(unused_imports, reason = "as above"))]
+pub use steering::Steering;
 
 #[cfg(bpf_object)]
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/firezone-gateway.o"));
@@ -42,23 +45,20 @@ pub fn describe() -> String {
     }
 }
 
-/// The loaded kernel plane. Dropping it detaches its programs and frees its maps.
+/// The object in the kernel: its maps, and those of its programs that were asked for. Dropping it closes both; what is
+/// attached to a socket or a device stays there as long as that.
 #[derive(Debug)]
 pub struct KernelPlane {
     ebpf: Ebpf,
 }
 
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "only the BPF object test loads it until a fast path attaches it")
-)]
 impl KernelPlane {
-    /// Loads `object` into the kernel. Nothing is attached or pinned yet.
+    /// Makes the object's maps, empty and not pinned. No program is loaded yet.
     ///
     /// # Errors
-    /// If the object was built for another contract than this daemon, or the kernel refuses it (no CAP_BPF, verifier).
-    pub fn load(object: &[u8]) -> Result<Self> {
-        let mut ebpf = Ebpf::load(object).context("the kernel does not take the BPF object")?;
+    /// If the object was built for another contract than this daemon, or the kernel does not let maps be made (CAP_BPF).
+    pub fn open(object: &[u8]) -> Result<Self> {
+        let ebpf = Ebpf::load(object).context("the kernel does not take the BPF object")?;
         let abi = {
             let map = ebpf
                 .map(maps::ABI_SECTION)
@@ -73,45 +73,8 @@ impl KernelPlane {
         for spec in maps::ALL {
             compare(&ebpf, spec)?;
         }
-        uplink(&mut ebpf)?.load().context("the verifier refuses the program uplink")?;
         Ok(Self { ebpf })
     }
-
-    /// Attaches `uplink` to an interface of the calling thread's network namespace.
-    ///
-    /// # Errors
-    /// If there is no such interface, or its driver does not take a program in this mode.
-    pub fn attach(&mut self, interface: &str, mode: XdpMode) -> Result<()> {
-        uplink(&mut self.ebpf)?
-            .attach(interface, mode)
-            .with_context(|| format!("cannot attach the program uplink to {interface} ({mode:?})"))?;
-        Ok(())
-    }
-
-    /// Frames seen so far, by kind, summed over the CPUs.
-    ///
-    /// # Errors
-    /// If the kernel does not let the map be read.
-    pub fn frame_counts(&self) -> Result<Vec<(FrameKind, FrameCount)>> {
-        let map = self.ebpf.map(maps::COUNTERS.name).context("the map of counters is gone")?;
-        // aya's Pod is not ours to implement for FrameCount; the two words are cast instead.
-        let map = PerCpuArray::<&MapData, [u64; size_of::<FrameCount>() / 8]>::try_from(map)?;
-        let mut counts = Vec::with_capacity(FrameKind::COUNT);
-        for (index, kind) in (0..).zip(FrameKind::ALL) {
-            let mut sum = FrameCount::default();
-            for words in map.get(&index, 0)?.iter() {
-                let one: FrameCount = bytemuck::cast(*words);
-                sum.packets += one.packets;
-                sum.bytes += one.bytes;
-            }
-            counts.push((*kind, sum));
-        }
-        Ok(counts)
-    }
-}
-
-fn uplink(ebpf: &mut Ebpf) -> Result<&mut Xdp> {
-    Ok(ebpf.program_mut("uplink").context("the BPF object has no program uplink")?.try_into()?)
 }
 
 /// The map that the object made must be the one in the list.
@@ -120,6 +83,8 @@ fn compare(ebpf: &Ebpf, spec: &MapSpec) -> Result<()> {
     let map = ebpf.map(name).with_context(|| format!("the BPF object has no map {name}"))?;
     let (data, kind) = match map {
         aya::maps::Map::PerCpuArray(data) => (data, MapKind::PerCpuArray),
+        aya::maps::Map::HashMap(data) => (data, MapKind::HashMap),
+        aya::maps::Map::ReusePortSockArray(data) => (data, MapKind::ReusePortSockArray),
         other => bail!("the map {name} is of an unexpected kind: {other:?}"),
     };
     let info = data.info()?;
@@ -134,6 +99,12 @@ fn compare(ebpf: &Ebpf, spec: &MapSpec) -> Result<()> {
         found == *spec,
         "the map {name} is not what the list says: {found:?} in the object, {spec:?} in the list"
     );
+    ensure!(
+        info.map_flags() == kind.flags(),
+        "the map {name} has the flags {:#x}, not {:#x}",
+        info.map_flags(),
+        kind.flags()
+    );
     ensure!(info.map_type()? == map_type(kind), "the kernel made the map {name} as {:?}", info.map_type()?);
     Ok(())
 }
@@ -141,5 +112,7 @@ fn compare(ebpf: &Ebpf, spec: &MapSpec) -> Result<()> {
 fn map_type(kind: MapKind) -> MapType {
     match kind {
         MapKind::PerCpuArray => MapType::PerCpuArray,
+        MapKind::HashMap => MapType::Hash,
+        MapKind::ReusePortSockArray => MapType::ReuseportSockArray,
     }
 }
