@@ -10,6 +10,7 @@
 
 mod channels;
 mod nomination;
+mod pulse;
 
 use std::{
     collections::HashSet,
@@ -65,6 +66,8 @@ pub(super) struct Connection {
     candidate_deadline: Option<Instant>,
     /// When ICE stays disconnected until then, the connection fails.
     disconnect_deadline: Option<Instant>,
+    /// When the nominated relayed pair has been quiet for too long: see [`pulse`].
+    pulse: Option<Instant>,
     /// The selected relay; `None` after it went, until another is found.
     relay: Option<RelayId>,
     relayed: Vec<Relayed>,
@@ -128,6 +131,7 @@ impl Connection {
             nominations: (now, 0),
             candidate_deadline: Some(now + CANDIDATE_TIMEOUT),
             disconnect_deadline: None,
+            pulse: None,
             relay: Some(relay),
             relayed: Vec::new(),
             signalled: Vec::new(),
@@ -138,7 +142,8 @@ impl Connection {
         agent::set_timing(&mut connection.agent, &agent::ACTIVE);
         shared.router.insert(&connection.local, &connection.remote, connection.client);
         shared.select(relay, connection.client);
-        connection.add_known_locals(shared);
+        connection.add_known_locals(shared, now);
+        shared.relays.check(relay, now);
         connection
     }
 
@@ -153,7 +158,9 @@ impl Connection {
     /// The connection is authorized again: wakes it, adds what it lacks, signals every local candidate again.
     pub(super) fn renew(&mut self, shared: &mut Shared, now: Instant) {
         self.on_activity(now);
-        self.add_known_locals(shared);
+        self.add_known_locals(shared, now);
+        // The client may come back because it noticed first.
+        self.doubt_relay(shared, now);
         for candidate in self.agent.local_candidates().filter(candidates::is_signalled) {
             shared.signals.add(self.client, candidates::signalled(&candidate));
         }
@@ -216,6 +223,8 @@ impl Connection {
             self.signalled.retain(|known| *known != (kind, addr));
             self.drop_channel(addr, shared);
         }
+        // If the client lost its address on a relay, that relay may be ours, too.
+        self.doubt_relay(shared, now);
         self.on_activity(now);
     }
 
@@ -246,6 +255,9 @@ impl Connection {
         }
         let packet = StunPacket { proto: Protocol::Udp, source: from, destination, message: *message };
         let accepted = self.agent.handle_packet(now, packet);
+        if accepted {
+            self.heard_on(destination, from, now);
+        }
         if accepted && is_request {
             self.heard.insert(from);
             if nominates {
@@ -256,12 +268,13 @@ impl Connection {
     }
 
     /// Relays found a candidate that concerns this connection.
-    pub(super) fn add_local(&mut self, found: &LocalCandidate, shared: &mut Shared) {
+    pub(super) fn add_local(&mut self, found: &LocalCandidate, shared: &mut Shared, now: Instant) {
         let Some(candidate) = candidates::local(found) else { return };
         if let LocalCandidate::Relayed { addr, relay, server, .. } = *found
             && !self.relayed.iter().any(|r| r.addr == addr)
         {
             self.relayed.push(Relayed { addr, relay, server });
+            self.want_known_channels(relay, shared, now);
         }
         let known = |c: &Candidate| c.addr() == candidate.addr() && c.kind() == candidate.kind();
         if self.agent.local_candidates().any(|c| known(&c)) {
@@ -299,13 +312,9 @@ impl Connection {
         self.relay = Some(relay);
         shared.select(relay, self.client);
         for found in shared.relays.relayed(relay) {
-            self.add_local(&found, shared);
+            self.add_local(&found, shared, now);
         }
-        for (kind, addr) in self.signalled.clone() {
-            if kind != CandidateKind::Host {
-                self.want_channel(addr, Use::Signalled, shared, now);
-            }
-        }
+        self.want_known_channels(relay, shared, now);
         self.on_activity(now);
     }
 
@@ -317,6 +326,7 @@ impl Connection {
             State::Idle { pair } => {
                 self.state = State::Connected { pair: *pair, last_activity: at };
                 agent::set_timing(&mut self.agent, &agent::ACTIVE);
+                self.expect_pulse(at);
             }
         }
     }
@@ -338,6 +348,7 @@ impl Connection {
         self.send_checks(shared, now);
         self.follow_agent(shared, now);
         self.rest_if_quiet(now);
+        self.feel_pulse(shared, now);
 
         let due = |deadline: Option<Instant>| deadline.is_some_and(|at| at <= now);
         if due(self.candidate_deadline) {
@@ -352,7 +363,7 @@ impl Connection {
             State::Connected { last_activity, .. } if self.has_pair() => Some(last_activity + IDLE_AFTER),
             _ => None,
         };
-        [self.agent.poll_timeout(), idle, self.candidate_deadline, self.disconnect_deadline]
+        [self.agent.poll_timeout(), idle, self.pulse, self.candidate_deadline, self.disconnect_deadline]
             .into_iter()
             .flatten()
             .min()
@@ -390,17 +401,18 @@ impl Connection {
         {
             self.state = State::Idle { pair };
             agent::set_timing(&mut self.agent, &agent::IDLE);
+            self.pulse = None;
         }
     }
 
     /// Host and reflexive candidates of all relays and the relayed ones of the selected relay, best first: a
     /// reflexive candidate that equals the host one is then seen to be redundant.
-    fn add_known_locals(&mut self, shared: &mut Shared) {
+    fn add_known_locals(&mut self, shared: &mut Shared, now: Instant) {
         let mut found = shared.relays.host_and_reflexive();
         found.sort_by_key(|c| matches!(c, LocalCandidate::Reflexive { .. }));
         found.extend(self.relay.into_iter().flat_map(|relay| shared.relays.relayed(relay)));
         for candidate in &found {
-            self.add_local(candidate, shared);
+            self.add_local(candidate, shared, now);
         }
     }
 
@@ -408,6 +420,7 @@ impl Connection {
         while let Some(check) = self.agent.poll_transmit() {
             let payload = Vec::from(check.contents);
             shared.router.sent(&payload, self.client, now);
+            self.asked_on(check.source, check.destination, &payload, now);
             let transmit = match self.relayed.iter().find(|r| r.addr == check.source) {
                 Some(relayed) => {
                     let relay = relayed.relay;
@@ -428,6 +441,9 @@ impl Connection {
                     // Every other state clears it: upstream forgets Disconnected -> Completed.
                     self.disconnect_deadline = (state == IceConnectionState::Disconnected)
                         .then(|| self.disconnect_deadline.unwrap_or(now + DISCONNECT_GRACE));
+                    if state == IceConnectionState::Disconnected {
+                        self.doubt_relay(shared, now);
+                    }
                 }
                 IceAgentEvent::NominatedSend { source, destination, .. } => {
                     self.on_nominated(source, destination, true, shared, now);

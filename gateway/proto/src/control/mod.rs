@@ -360,7 +360,7 @@ impl Control {
 impl Control {
     /// Relays first: they answer without the integrity the ICE agent asks for.
     fn on_stun(&mut self, datagram: &StunDatagram, now: Instant) {
-        if datagram.via.is_none() && self.shared.relays.handle_stun(datagram, now) {
+        if self.shared.relays.handle_stun(datagram, now) {
             return;
         }
         let StunDatagram { heard_by, local, from, via, ref payload } = *datagram;
@@ -403,7 +403,7 @@ impl Control {
                     info!(%relay, "Relay added");
                 }
                 for id in self.shared.users(relay) {
-                    self.touch(id, now, |connection, shared| connection.add_local(&candidate, shared));
+                    self.touch(id, now, |connection, shared| connection.add_local(&candidate, shared, now));
                 }
             }
             RelayEvent::Invalidated(candidate, relay) => {

@@ -98,6 +98,10 @@ fn transaction(message: &[u8]) -> Option<TransactionId> {
 }
 
 fn request_transaction(message: &[u8]) -> Option<TransactionId> {
-    // Binding request: method 1, class 0 (RFC 8489 section 5).
-    message.starts_with(&[0x00, 0x01]).then(|| transaction(message)).flatten()
+    is_request(message).then(|| transaction(message)).flatten()
+}
+
+/// Is it a binding request: method 1, class 0 (RFC 8489 section 5)?
+pub(super) fn is_request(message: &[u8]) -> bool {
+    message.starts_with(&[0x00, 0x01])
 }

@@ -45,6 +45,13 @@ const MAX_MISMATCHES: u8 = 6;
 const MAX_CHALLENGES: u8 = 3;
 /// However short a lifetime is: not a refresh at every tick.
 const MIN_REFRESH: Duration = Duration::from_secs(5);
+/// A relay that was heard of this allocation so lately has not forgotten it. A client checks its nominated pair every
+/// 1.5 s (connections.md section 6.6), so that one check is missing when this has passed.
+pub(crate) const SILENCE: Duration = Duration::from_secs(2);
+/// Whoever doubts the allocation, and however many do: one REFRESH in this time.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
+/// Workers report what came on channels once a second, so that it may be so old.
+const REPORT_AGE: Duration = Duration::from_secs(1);
 
 /// One server address of a relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +90,8 @@ pub(super) struct Allocation {
     rtt: Rtt,
     /// 437 answers since the first one of the last [`RETRY`].
     mismatches: (u8, Option<Instant>),
+    /// When [`Allocation::check`] asked last.
+    checked: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -117,6 +126,8 @@ struct Granted {
     /// `None` while a REFRESH is in flight.
     refresh_at: Option<Instant>,
     keep_alive_at: Instant,
+    /// The relay was last known to hold it: it confirmed something, or data came on a channel.
+    proven: Instant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,6 +151,7 @@ impl Allocation {
             buffered: VecDeque::new(),
             rtt: Rtt::default(),
             mismatches: (0, None),
+            checked: None,
         };
         new.search(now, out);
         new
@@ -232,6 +244,34 @@ impl Allocation {
         }
     }
 
+    /// Somebody misses what should come through this allocation: does the relay still hold it? Asked by a REFRESH,
+    /// which a relay that was restarted answers with 437, unless the allocation was proven or asked for a moment ago.
+    ///
+    /// Returns when it is worth to doubt it again; `None` if it is being asked now, or there is none.
+    pub(super) fn check(&mut self, now: Instant, out: &mut Out) -> Option<Instant> {
+        let State::Allocated { active, granted } = &mut self.state else { return None };
+        let asked = self.checked.map(|at| at + CHECK_EVERY);
+        let again = asked.into_iter().fold(granted.proven + SILENCE, Instant::max);
+        if now < again {
+            return Some(again);
+        }
+        // Without a deadline for the next refresh one is in flight already.
+        if granted.refresh_at.take().is_some() {
+            let server = active.server;
+            self.checked = Some(now);
+            tracing::debug!(relay = %self.id, "Quiet: does the relay still know us?");
+            self.request(Request::Refresh, server, LADDER, now, out);
+        }
+        None
+    }
+
+    /// Something came through the allocation at `at`.
+    pub(super) fn on_heard(&mut self, at: Instant) {
+        if let State::Allocated { granted, .. } = &mut self.state {
+            granted.proven = granted.proven.max(at);
+        }
+    }
+
     /// Wants a channel; silently refused for a family the relay has no address of (connections.md section 8.7).
     pub(super) fn bind(&mut self, peer: SocketAddr, why: Use, now: Instant, out: &mut Out) {
         if !codec::usable(&peer) || self.is_suspended() {
@@ -280,6 +320,9 @@ impl Allocation {
         if sent {
             granted.keep_alive_at = now + KEEP_ALIVE;
         }
+        if received {
+            granted.proven = granted.proven.max(now.checked_sub(REPORT_AGE).unwrap_or(granted.proven));
+        }
         if let Wanted::Bind(number) = self.channels.on_used(number, received, now) {
             self.request_bind(number, server, now, out);
         }
@@ -289,7 +332,7 @@ impl Allocation {
         while let Some(due) = self.requests.pop_due(now) {
             match due {
                 Due::Repeat(key) => self.transmit(key, now, out),
-                Due::Failed(pending) => self.on_unanswered(&pending, out),
+                Due::Failed(pending) => self.on_unanswered(&pending, now, out),
             }
         }
         self.on_channel_deadlines(now, out);
@@ -383,7 +426,15 @@ impl Allocation {
     }
 
     /// A whole ladder without an answer. From the other family's server it means nothing.
-    fn on_unanswered(&mut self, pending: &Pending, out: &mut Out) {
+    fn on_unanswered(&mut self, pending: &Pending, now: Instant, out: &mut Out) {
+        if let State::Allocated { granted, .. } = &mut self.state
+            && pending.request == Request::Refresh
+            && granted.proven > pending.first_sent
+        {
+            // Data came meanwhile: the relay lives, the way to it is bad.
+            granted.refresh_at = Some(now + MIN_REFRESH);
+            return;
+        }
         if self.active_server() == Some(pending.dst) {
             tracing::debug!(relay = %self.id, request = ?pending.request.method(), "Relay does not respond");
             self.invalidate(out);

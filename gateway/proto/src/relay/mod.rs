@@ -41,6 +41,8 @@ mod rtt;
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]
+mod liveness;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod rules;
@@ -49,6 +51,7 @@ pub(crate) mod twin;
 #[cfg(test)]
 mod world;
 
+pub(crate) use allocation::SILENCE;
 use allocation::{Allocation, Out, Server, Servers};
 use codec::Credentials;
 pub use event::{LocalCandidate, RelayEvent, Use};
@@ -120,11 +123,15 @@ impl Relays {
         self.after_change(had_any, now);
     }
 
-    /// A STUN message that came without ChannelData around it (`via` is `None`).
+    /// A STUN message.
     ///
-    /// True if it came from a known or recently removed relay: then it is consumed, whatever it held.
+    /// True if it came from a known or recently removed relay itself: then it is consumed, whatever it held. One that
+    /// came in ChannelData (`via`) is between peers, and shows that the relay still knows us.
     pub fn handle_stun(&mut self, datagram: &StunDatagram, now: Instant) -> bool {
-        if datagram.via.is_some() {
+        if let Some(server) = datagram.via.map(plain) {
+            if let Some(relay) = self.relays.iter_mut().find(|relay| relay.active_server() == Some(server)) {
+                relay.on_heard(now);
+            }
             return false;
         }
         let from = plain(datagram.from);
@@ -156,6 +163,15 @@ impl Relays {
                 relay.on_channel_used(number, received, sent, now, &mut self.out);
             }
         }
+    }
+
+    /// Nothing comes through the relay where something should, or somebody is about to depend on it: has it forgotten
+    /// our allocation? At most one request in 5 s comes of this, however many ask.
+    ///
+    /// Returns when it is worth to ask again, should the silence last; `None` if the relay is being asked now, or holds
+    /// nothing of ours.
+    pub fn check(&mut self, relay: RelayId, now: Instant) -> Option<Instant> {
+        self.relays.iter_mut().find(|known| known.id() == relay)?.check(now, &mut self.out)
     }
 
     /// A relay for a new connection, chosen by RTT (connections.md section 9). Relays that answer but refuse an

@@ -3,6 +3,8 @@
 
 use std::{net::SocketAddr, time::Instant};
 
+use is::CandidateKind;
+
 use super::Connection;
 use crate::{control::shared::Shared, ids::RelayId, relay::Use};
 
@@ -12,6 +14,22 @@ impl Connection {
         if let Some(relay) = self.relay {
             self.hold(relay, peer, shared);
             shared.relays.bind(relay, peer, why, now);
+        }
+    }
+
+    /// `relay` has an address for us: binds what the client's checks and ours will need, ahead of them.
+    pub(super) fn want_known_channels(&mut self, relay: RelayId, shared: &mut Shared, now: Instant) {
+        if self.relay != Some(relay) {
+            return;
+        }
+        for (kind, addr) in self.signalled.clone() {
+            if kind != CandidateKind::Host {
+                self.want_channel(addr, Use::Signalled, shared, now);
+            }
+        }
+        // Where the client was until now it most likely still is.
+        if let Some(pair) = self.pair().filter(|pair| pair.via == Some(relay)) {
+            self.want_channel(pair.remote, Use::Checked, shared, now);
         }
     }
 

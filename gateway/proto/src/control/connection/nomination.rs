@@ -29,7 +29,7 @@ pub(super) struct Pair {
     pub(super) confirmed: bool,
     priority: u64,
     /// The host or relayed address we send from.
-    local: SocketAddr,
+    pub(super) local: SocketAddr,
     /// The relay `local` is on; `None` for a host address.
     pub(super) via: Option<RelayId>,
     pub(super) remote: SocketAddr,
@@ -109,6 +109,8 @@ impl Connection {
                 self.nominations = (now, 0);
                 false
             }
+            // Its allocation is gone, and with it all that was said for it.
+            Some(pair) if pair.via.is_some() && !self.relayed.iter().any(|r| r.addr == pair.local) => true,
             Some(pair) => {
                 let (last, others) = &mut self.nominations;
                 *others = others.saturating_add(1);
@@ -148,6 +150,7 @@ impl Connection {
             State::Connecting => self.state = State::Connected { pair, last_activity: now },
             State::Connected { pair: old, .. } | State::Idle { pair: old } => *old = pair,
         }
+        self.expect_pulse(now);
     }
 
     /// The priority of a pair; the client controls.

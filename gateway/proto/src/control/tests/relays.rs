@@ -5,6 +5,7 @@ use crate::relay::twin::Packet;
 
 /// The STUN type of CHANNEL_BIND.
 const BIND: u16 = 0x0009;
+const REFRESH: u16 = 0x0004;
 
 #[test]
 fn a_channel_of_two_clients_lives_until_the_second_leaves() {
@@ -33,6 +34,98 @@ fn a_channel_of_two_clients_lives_until_the_second_leaves() {
         let refreshed = world.sent.iter().any(|(at, packet)| *at == due && kind(packet) == BIND);
         assert_eq!(refreshed, leave < 2, "{leave} of two left");
     }
+}
+
+#[test]
+fn a_relay_that_forgot_everybody_is_found_out_in_seconds() {
+    // Name, client idle before, how long until data flows again.
+    let table = [("active", false, Duration::from_millis(3600)), ("idle", true, 29 * SECOND)];
+    for (name, idle, limit) in table {
+        for phase in 0..8 {
+            let mut world = relayed();
+            world.run(30 * SECOND + phase * Duration::from_millis(190));
+            if !idle {
+                active(&mut world, 4);
+            }
+            let (index, before) = (world.index(), world.path());
+            world.twins[0].1.restart();
+            let restarted = world.now;
+            while !world.reaches_the_client(format!("{:?}", world.now).as_bytes()) {
+                assert!(world.now - restarted < limit, "{name} {phase}: {world:#?}");
+                if !idle {
+                    active(&mut world, 1);
+                }
+                world.run(Duration::from_millis(50));
+            }
+            assert_eq!(world.index(), index, "{name}: the same connection");
+            assert!(before.is_some() && world.path().is_some(), "{name}");
+            assert!(world.twins[0].1.sins.is_empty(), "{:?}", world.twins[0].1.sins);
+        }
+    }
+}
+
+#[test]
+fn a_client_that_comes_back_first_makes_us_ask_its_relay() {
+    let mut world = relayed();
+    world.run(60 * SECOND);
+    world.twins[0].1.restart();
+    let before = world.said.len();
+    // Not at an instant when the relay has just proved itself.
+    world.run(5 * SECOND);
+    world.authorize(2);
+    world.run(Duration::from_millis(100));
+    let relayed = |egress: &Egress| matches!(egress, Egress::BroadcastIceCandidates(_, lines) if lines.iter().any(|l| l.contains("typ relay")));
+    let told = world.said[before..].iter().filter(|egress| relayed(egress)).count();
+    assert_eq!(told, 2, "the one that is dead, again, and the new one: {:?}", &world.said[before..]);
+}
+
+#[test]
+fn a_quiet_relay_with_many_clients_is_asked_no_more_often() {
+    let mut world = relayed();
+    active(&mut world, 3);
+    world.client.falls_silent();
+    let began = world.now;
+    world.run(100 * SECOND);
+    let asked: Vec<_> = requests(&world, began, REFRESH);
+    // 20 s until the connection is idle, then our own checks every 25 s.
+    assert!((3..=8).contains(&asked.len()), "{asked:?}");
+    assert!(asked.windows(2).all(|pair| pair[1] - pair[0] >= 5000), "{asked:?}");
+    assert!(world.path().is_some(), "the relay answers, so nothing is lost but the client");
+}
+
+#[test]
+fn a_healthy_relayed_connection_asks_nothing() {
+    let mut world = relayed();
+    active(&mut world, 30);
+    let began = world.now;
+    active(&mut world, 60);
+    world.run(200 * SECOND);
+    assert_eq!(requests(&world, began, REFRESH), [], "before the half of the allocation's life");
+}
+
+/// Connected, through the one relay there is.
+fn relayed() -> World {
+    let mut world = World::new(epoch(), 1);
+    world.direct_is_blocked = true;
+    world.run(SECOND);
+    world.authorize(1);
+    world.run_until("connected", 3 * SECOND, World::is_connected);
+    world
+}
+
+/// Data flows for so many seconds.
+fn active(world: &mut World, seconds: u32) {
+    for _ in 0..seconds {
+        let (id, index, at) = (world.client.id, world.index().unwrap(), world.now);
+        world.worker_event(WorkerEvent::Activity { id, index, at });
+        world.run(SECOND);
+    }
+}
+
+/// When requests of this kind were sent, in milliseconds since `since`.
+fn requests(world: &World, since: Instant, stun: u16) -> Vec<u128> {
+    let sent = world.sent.iter().filter(|(at, packet)| *at >= since && kind(packet) == stun);
+    sent.map(|(at, _)| (*at - since).as_millis()).collect()
 }
 
 fn kind(packet: &Packet) -> u16 {

@@ -82,7 +82,10 @@ impl Allocation {
                 self.rtt.sample(now.saturating_duration_since(first_sent));
                 let Some(pending) = self.requests.remove(key) else { return };
                 match body {
-                    Body::Success(success) => self.on_success(&pending, success, now, out),
+                    Body::Success(success) => {
+                        self.on_heard(now);
+                        self.on_success(&pending, success, now, out);
+                    }
                     Body::Error(refusal) => self.on_refusal(&pending, refusal.code, now, out),
                 }
             }
@@ -206,6 +209,7 @@ impl Allocation {
             deadline: now + lifetime,
             refresh_at: Some(now + (lifetime / 2).max(MIN_REFRESH)),
             keep_alive_at: now + KEEP_ALIVE,
+            proven: now,
         };
         tracing::debug!(relay = %self.id, server = %active.server, ?lifetime, "Allocated");
         self.state = State::Allocated { active, granted };
