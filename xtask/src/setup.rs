@@ -19,6 +19,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("coturn", "turnserver", "the relay of the test network"),
     ("curl", "curl", "HTTP through the tunnel"),
     ("dnsmasq-base", "dnsmasq", "the DNS server of the test network"),
+    ("ethtool", "ethtool", "GRO and offloads of the test network's links"),
     ("iperf3", "iperf3", "throughput"),
     ("iproute2", "ip", "network namespaces"),
     ("iputils-ping", "ping", "ping through the tunnel"),

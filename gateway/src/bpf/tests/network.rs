@@ -72,8 +72,16 @@ impl Drop for Network {
 }
 
 pub fn ip(arguments: &str) -> Result<Vec<u8>> {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output().context("cannot start ip")?;
+    run(&format!("ip {arguments}"))
+}
+
+/// Runs a command of words without spaces in the calling thread's network namespace.
+pub fn run(command: &str) -> Result<Vec<u8>> {
+    let mut words = command.split_whitespace();
+    let program = words.next().context("an empty command")?;
+    let output =
+        Command::new(program).args(words).output().with_context(|| format!("cannot start {program}"))?;
     let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "`ip {arguments}` failed: {error}");
+    ensure!(output.status.success(), "`{command}` failed: {error}");
     Ok(output.stdout)
 }

@@ -15,7 +15,7 @@ use gateway_common::{
 };
 use gateway_proto::{ConnectionIndex, WorkerId};
 
-use super::network::Network;
+use super::network::{Network, run};
 use crate::bpf::{Steering, steering};
 
 const WORKERS: usize = 3;
@@ -105,6 +105,43 @@ fn bpf_merged_datagrams_go_whole_to_the_worker_of_the_first() {
             let runs = steering.socket_runs().unwrap().0 - before.0;
             assert_eq!(runs, 1, "{name}, IPv6: {ipv6}: all {SEGMENTS} segments are steered at once");
         }
+    }
+    drop(stats);
+}
+
+/// The sender's stack cuts a super-datagram, because its veth takes none; GRO at the other end merges what NAPI finds.
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_datagrams_that_gro_has_merged_stay_with_their_worker() {
+    const SEGMENTS: usize = 40;
+    const ROUNDS: usize = 25;
+    let network = Network::make().unwrap();
+    // A veth asks its peer's GRO only while it can do no TSO itself.
+    network.enter("sender", || run("ethtool -K far0 tso off tx-udp-segmentation off")).unwrap();
+    network.enter("receiver", || run("ethtool -K up0 gro on")).unwrap();
+    let group = network.enter("receiver", Group::bind).unwrap();
+    let mut steering = group.steered().unwrap();
+    steering.set_session(index(CONNECTION), WorkerId::new(1));
+    let stats = enable_stats(Stats::RunTime).unwrap();
+    let datagram = channel(0x4000, &message(4, CONNECTION, 1312));
+    for ipv6 in FAMILIES {
+        let before = steering.socket_runs().unwrap();
+        for _ in 0..ROUNDS {
+            let whole = datagram.repeat(SEGMENTS);
+            network.enter("sender", || send_segmented(ipv6, &whole, datagram.len())).unwrap();
+            let mut got = 0;
+            while got < SEGMENTS {
+                let (worker, bytes, stride) = group.receive_merged(ipv6);
+                assert_eq!((worker, stride), (1, datagram.len()), "IPv6: {ipv6}");
+                assert!(bytes.chunks(stride).all(|bytes| bytes == datagram), "IPv6: {ipv6}: other bytes");
+                got += bytes.len() / stride;
+            }
+            assert_eq!(got, SEGMENTS);
+        }
+        let runs = steering.socket_runs().unwrap().0 - before.0;
+        let all = u64::try_from(ROUNDS * SEGMENTS).unwrap();
+        println!("steer_socket: {runs} runs for {all} datagrams behind GRO, IPv6: {ipv6}");
+        assert!(runs < all, "GRO has merged nothing: {runs} runs");
     }
     drop(stats);
 }
