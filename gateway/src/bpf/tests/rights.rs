@@ -13,9 +13,7 @@ fn bpf_steering_needs_cap_bpf_and_nothing_else() {
     const ALONE: &str = "bpf::tests::rights::bpf_steering_loads_and_is_attached_with_the_rights_there_are";
     const REFUSAL: &str = "no BPF rights: grant CAP_BPF";
     let network = Network::make().unwrap();
-    // CAP_BPF has no name in Debian 12's setpriv.
-    let table =
-        [("-all,+cap_39", None), ("-all,+net_admin,+cap_39", None), ("-all,+net_admin", Some(REFUSAL))];
+    let table = [("-all,+bpf", None), ("-all,+net_admin,+bpf", None), ("-all,+net_admin", Some(REFUSAL))];
     for (rights, refusal) in table {
         let child = network.enter("receiver", || {
             let mut child = Command::new("setpriv");
