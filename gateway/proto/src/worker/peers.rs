@@ -141,6 +141,12 @@ impl Peers {
         })
     }
 
+    /// How many clients are known, wherever they are.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
     /// Takes in a client, in place of what was known of it; that is returned.
     pub fn put(&mut self, entry: Entry) -> (Slot, Option<Entry>) {
         let (id, keys) = (entry.id(), Keys::of(&entry));

@@ -12,9 +12,10 @@ use uuid::Uuid;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::{Config, Worker};
+use super::{Config, Moved, Worker};
 use crate::{
-    ClientId, Command, ConnectionIndex, Datagram, Ecn, ResourceId, Route, Sink, WorkerEvent,
+    ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Passed, ResourceId, Route, Sink,
+    WorkerEvent, WorkerId,
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Path},
     portal::messages::{Filter, Resource, ResourceKind},
@@ -42,12 +43,33 @@ pub struct World {
 pub struct TestSink {
     pub packets: Vec<Vec<u8>>,
     pub datagrams: Vec<(Route, Vec<u8>)>,
+    /// For other workers, in order.
+    pub passed: Vec<(WorkerId, Parcel)>,
     /// Refuse every reservation.
     pub full: bool,
+    /// Refuse to pass packets on.
+    pub rings_are_full: bool,
     /// Bytes that datagrams did not use of what was reserved for them.
     pub slack: usize,
     packet: Vec<u8>,
     datagram: Option<(Route, Vec<u8>)>,
+}
+
+/// What one worker passes to another.
+pub enum Parcel {
+    Datagram {
+        hops: u8,
+        local: SocketAddr,
+        from: SocketAddr,
+        ecn: Ecn,
+        payload: Vec<u8>,
+        key: Option<[u8; 32]>,
+    },
+    Packet {
+        hops: u8,
+        packet: Vec<u8>,
+    },
+    Client(Moved),
 }
 
 /// The far end of a tunnel.
@@ -82,7 +104,7 @@ impl World {
         let private_key = StaticSecret::from([7; 32]);
         let public_key = PublicKey::from(&private_key);
         let config =
-            Config { private_key, allow_own_ip: false, seed: 1, now, id: crate::WorkerId::FIRST, workers: 1 };
+            Config { private_key, allow_own_ip: false, seed: 1, now, id: WorkerId::FIRST, workers: 1 };
         let mut client = Client::new(1, &public_key);
         client.relayed = relayed;
         let mut world =
@@ -116,7 +138,7 @@ impl World {
         let state = ClientState { tunnel: self.client.tunnel, connection, resources: resources.into() };
         self.command(Command::Client {
             id: self.client.id,
-            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            home: crate::command::Home::at(WorkerId::FIRST),
             desired: Some(Arc::new(state)),
         });
     }
@@ -124,7 +146,7 @@ impl World {
     pub fn revoke(&mut self) {
         self.command(Command::Client {
             id: self.client.id,
-            home: crate::command::Home::at(crate::WorkerId::FIRST),
+            home: crate::command::Home::at(WorkerId::FIRST),
             desired: None,
         });
     }
@@ -225,6 +247,7 @@ impl World {
         let taken = t.keepalives + t.handshakes + t.control + t.stun;
         let counters: Vec<_> = self.worker.counters().iter().collect();
         assert_eq!(dropped + passed + taken, self.inputs, "{counters:?} {t:?}");
+        assert!(self.sink.passed.is_empty(), "there is one worker");
     }
 
     /// Time passes, timers run as a backend would run them.
@@ -335,11 +358,46 @@ impl Sink for TestSink {
         buffer.truncate(len);
         self.datagrams.push((route, buffer));
     }
-    fn hand_over(&mut self, _: crate::WorkerId, _: &crate::Handover<'_>) -> bool {
-        unreachable!("there is one worker")
+
+    fn hand_over(&mut self, to: WorkerId, handover: &Handover<'_>) -> bool {
+        if !self.rings_are_full {
+            self.passed.push((to, Parcel::of(handover)));
+        }
+        !self.rings_are_full
     }
-    fn give(&mut self, _: crate::WorkerId, _: crate::worker::Moved) {
-        unreachable!("there is one worker")
+
+    fn give(&mut self, to: WorkerId, moved: Moved) {
+        self.passed.push((to, Parcel::Client(moved)));
+    }
+}
+
+impl Parcel {
+    fn of(handover: &Handover<'_>) -> Self {
+        let hops = handover.hops;
+        let datagram = |Datagram { local, from, ecn, payload }, key| {
+            let payload = <[u8]>::to_vec(payload);
+            Self::Datagram { hops, local, from, ecn, payload, key }
+        };
+        match handover.what {
+            Passed::Datagram(it) => datagram(it, None),
+            Passed::Initiation(it, key) => datagram(it, Some(key)),
+            Passed::Packet(packet) => Self::Packet { hops, packet: packet.to_vec() },
+        }
+    }
+
+    /// `None` for a client.
+    pub fn handover(&self) -> Option<Handover<'_>> {
+        let (hops, what) = match self {
+            Self::Datagram { hops, local, from, ecn, payload, key } => {
+                let datagram = Datagram { local: *local, from: *from, ecn: *ecn, payload };
+                let datagram =
+                    key.map_or(Passed::Datagram(datagram), |key| Passed::Initiation(datagram, key));
+                (hops, datagram)
+            }
+            Self::Packet { hops, packet } => (hops, Passed::Packet(packet)),
+            Self::Client(_) => return None,
+        };
+        Some(Handover { hops: *hops, what })
     }
 }
 

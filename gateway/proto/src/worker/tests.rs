@@ -1,20 +1,26 @@
 //! The worker as a whole: every verdict of packets.md section 12 that exists, sessions, budgets, bad input.
 
 mod changes;
+mod fleet;
 mod floods;
 mod garbage;
+mod handovers;
+mod model;
+mod moves;
 mod network;
 mod sessions;
 #[cfg(feature = "mock-instant")]
 mod timers;
 mod verdicts;
 
+use std::{net::SocketAddr, sync::Arc};
+
 use gateway_common::DropReason;
 
 use super::{control_packet::GOODBYE, testkit::*};
 use crate::{
     Command, Ecn, WorkerEvent,
-    command::{ChannelUse, Connection, Path},
+    command::{ChannelUse, ClientState, Connection, Path},
     portal::messages::{Filter, Resource, ResourceKind},
 };
 
