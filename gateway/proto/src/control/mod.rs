@@ -213,7 +213,11 @@ impl Control {
     pub fn handle_worker_event(&mut self, event: WorkerEvent, now: Instant) {
         match event {
             WorkerEvent::Stun(datagram) => self.on_stun(&datagram, now),
-            WorkerEvent::Adopted { id, order, .. } => self.placement.on_adopted(id, order),
+            WorkerEvent::Adopted { id, order, .. } => {
+                if self.placement.on_adopted(id, order) {
+                    self.mark_changed(id);
+                }
+            }
             WorkerEvent::Established { id, index } => {
                 if self.is_current(id, index) {
                     debug!(client = %id, "Session established");

@@ -104,11 +104,11 @@ impl Placement {
         self.places.get(&id).map(|place| place.home.worker)
     }
 
-    /// The client has arrived where it was ordered to.
-    pub(super) fn on_adopted(&mut self, id: ClientId, order: u64) {
-        if let Some(place) = self.places.get_mut(&id).filter(|place| place.home.order == order) {
-            place.home.from = None;
-        }
+    /// The client has arrived where it was ordered to. True if that is the order of today: all workers are to hear that
+    /// nobody need wait for it.
+    pub(super) fn on_adopted(&mut self, id: ClientId, order: u64) -> bool {
+        let place = self.places.get_mut(&id).filter(|place| place.home.order == order);
+        place.is_some_and(|place| place.home.from.take().is_some())
     }
 
     /// The client carried data.
@@ -254,7 +254,7 @@ mod tests {
             while placement.poll_timeout().is_some_and(|at| at <= now) {
                 if let Some(who) = placement.handle_timeout(now) {
                     let order = placement.tell(who).order;
-                    placement.on_adopted(who, order);
+                    assert!(placement.on_adopted(who, order));
                     moved.push((second, who.0.as_u128()));
                 }
             }
@@ -327,9 +327,9 @@ mod tests {
         let order = placement.tell(id(0));
         assert_eq!((order.worker, order.from), (worker(1), Some(worker(0))));
         assert!(!placement.on_heard(id(0), worker(0), start + 5 * SECOND));
-        placement.on_adopted(id(0), order.order - 1);
+        assert!(!placement.on_adopted(id(0), order.order - 1));
         assert_eq!(placement.tell(id(0)), order, "that was an earlier one");
-        placement.on_adopted(id(0), order.order);
+        assert!(placement.on_adopted(id(0), order.order) && !placement.on_adopted(id(0), order.order));
         assert_eq!(placement.tell(id(0)), Home { from: None, ..order });
         assert!(placement.on_heard(id(0), worker(0), start + 5 * SECOND));
     }

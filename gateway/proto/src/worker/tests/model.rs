@@ -181,7 +181,7 @@ impl Model {
         let number = self.number(n, true);
         let packet = udp(&tunnel.v4.to_string(), LAN4, (1, 53), &number);
         let message = self.subjects[n].wg.seal(&packet);
-        self.from_client(n, &message);
+        self.send_as(n, &message);
     }
 
     fn resource_sends(&mut self, n: usize) {
@@ -215,16 +215,16 @@ impl Model {
     fn client_asks(&mut self, n: usize) {
         let subject = &mut self.subjects[n];
         // Renewals are rare, and one at a time.
-        if subject.asked > 0 && subject.session || subject.session && !self.random.random_ratio(1, 8) {
+        if subject.session && (subject.asked > 0 || !self.random.random_ratio(1, 8)) {
             subject.asked = 0;
             return;
         }
         subject.asked += 1;
         let message = subject.wg.initiate();
-        self.from_client(n, &message);
+        self.send_as(n, &message);
     }
 
-    fn from_client(&mut self, n: usize, message: &[u8]) {
+    fn send_as(&mut self, n: usize, message: &[u8]) {
         let at = self.entry(n);
         let Subject { wg, port, .. } = &self.subjects[n];
         let name = name(wg.id);
@@ -276,10 +276,9 @@ impl Model {
         let subject = &mut self.subjects[n];
         match message[0] {
             4 => {
-                if let Some(packet) = subject.wg.open(message).filter(|packet| !packet.is_empty()) {
-                    if packet != GOODBYE {
-                        self.arrives(n, false, &packet);
-                    }
+                let packet = subject.wg.open(message);
+                if let Some(packet) = packet.filter(|packet| !packet.is_empty() && *packet != GOODBYE) {
+                    self.arrives(n, false, &packet);
                 }
             }
             2 | 3 => {
@@ -288,7 +287,7 @@ impl Model {
                     let index = u32::from_le_bytes(message[4..8].try_into().unwrap()) >> 8;
                     subject.session = index == subject.wg.index.get();
                     subject.asked = 0;
-                    self.from_client(n, &keepalive);
+                    self.send_as(n, &keepalive);
                 }
             }
             other => panic!("seed {}: a message of type {other}", self.seed),
@@ -328,7 +327,7 @@ impl Model {
                     self.breaks(n);
                     self.subjects[n].said_goodbye = true;
                     let goodbye = self.subjects[n].wg.seal(&control_packet::GOODBYE);
-                    self.from_client(n, &goodbye);
+                    self.send_as(n, &goodbye);
                 }
             }
         }
@@ -432,9 +431,11 @@ impl Model {
             WorkerEvent::Adopted { id: whose, worker, order } => {
                 assert_eq!(worker, id(by));
                 let home = &mut self.subjects[of(whose)].home;
-                if home.order == order {
+                if home.order == order && home.from.take().is_some() {
                     assert_eq!(home.worker, worker);
-                    home.from = None;
+                    if self.subjects[of(whose)].desired.is_some() {
+                        self.changes(of(whose));
+                    }
                 }
             }
             WorkerEvent::Established { id, index } => {
@@ -527,7 +528,8 @@ impl Model {
             assert_eq!(subject.home.from, None, "seed {seed}: never adopted");
             let home = subject.home.worker;
             let index = subject.is_connected.then_some(subject.wg.index);
-            assert_eq!(self.fleet.holders(subject.wg.id), [(home.get(), index)], "seed {seed}");
+            let who = (subject.wg.id, subject.home, subject.said_goodbye, subject.session);
+            assert_eq!(self.fleet.holders(subject.wg.id), [(home.get(), index)], "seed {seed}: {who:?}");
             for node in &self.fleet.nodes {
                 let Some(Entry::There(there)) = node.entry(subject.wg.id) else { continue };
                 assert_eq!((there.worker, there.awaited), (home, false), "seed {seed}");

@@ -59,7 +59,7 @@ fn in_whatever_order_the_workers_hear_of_a_move_nothing_is_lost() {
             for n in 0..3 {
                 fleet.datagram(n, addr(FROM), &client.seal(&there(sent)));
                 sent += 1;
-                fleet.packet(n, &udp(LAN4, C4, (53, 1), &[n as u8]));
+                fleet.packet(n, &udp(LAN4, C4, (53, 1), &[sent]));
             }
             if let Some(next) = order.get(turn) {
                 fleet.hear(*next);
