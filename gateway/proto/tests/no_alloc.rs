@@ -1,4 +1,4 @@
-//! The packet path allocates nothing: direct and relayed, both directions, permitted, denied and dropped packets.
+//! The packet path allocates nothing: direct and relayed, both directions, permitted, denied, dropped and passed packets.
 //!
 //! Its own binary, because the counting allocator is global.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -14,11 +14,11 @@ use std::{
 use boringtun::noise::{Tunn, TunnResult};
 use gateway_common::{DropReason, channel_data};
 use gateway_proto::{
-    ClientId, Command, ConnectionIndex, Datagram, Ecn, ResourceId, Route, Sink,
+    ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Passed, ResourceId, Route, Sink, WorkerId,
     addr::TunnelAddrs,
-    command::{ClientState, Connection, ConnectionKeys, Path},
+    command::{ClientState, Connection, ConnectionKeys, Home, Path},
     portal::messages::{Filter, Resource, ResourceKind},
-    worker::{Config, Worker},
+    worker::{Config, Moved, Worker},
 };
 use uuid::Uuid;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -71,6 +71,38 @@ fn packets_of_an_established_session_allocate_nothing() {
     }
 }
 
+#[test]
+fn packets_on_their_way_between_workers_allocate_nothing() {
+    for relayed in [false, true] {
+        let mut setup = Setup::new(relayed);
+        let mut stranger = setup.worker_of(1);
+        let outbound = udp("100.64.2.1", "10.0.3.9", 53);
+        let mut inbound = udp("10.0.3.9", "100.64.2.1", 53);
+        let datagrams: Vec<Vec<u8>> = (0..ROUNDS).map(|_| setup.seal(&outbound)).collect();
+        let (from, now) = (setup.from(), setup.now);
+        fn datagram(from: SocketAddr, payload: &[u8]) -> Datagram<'_> {
+            Datagram { local: local(), from, ecn: Ecn::NotEct, payload }
+        }
+        setup.sink.passed = 0;
+        let mut pass = |setup: &mut Setup, payload: &[u8]| {
+            stranger.handle_datagrams([datagram(from, payload)], now, &mut setup.sink);
+            stranger.handle_packets([&mut inbound[..]], now, &mut setup.sink);
+            let what = [Passed::Datagram(datagram(from, payload)), Passed::Packet(&inbound)];
+            let batch = what.map(|what| Handover { hops: 1, what });
+            setup.worker.handle_handovers(batch, now, &mut setup.sink);
+        };
+        pass(&mut setup, &datagrams[0]);
+        let before = ALLOCATIONS.get();
+        datagrams[1..].iter().for_each(|payload| pass(&mut setup, payload));
+        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}");
+        let rounds = ROUNDS as u64;
+        assert_eq!(
+            (setup.sink.passed, setup.sink.packets, setup.sink.datagrams),
+            (2 * rounds, rounds, rounds)
+        );
+    }
+}
+
 /// Reservations come from two fixed buffers.
 struct FixedSink {
     packet: [u8; 2048],
@@ -78,6 +110,14 @@ struct FixedSink {
     packets: u64,
     datagrams: u64,
     last: usize,
+    passed: u64,
+}
+
+impl FixedSink {
+    fn new() -> Self {
+        let empty = [0; 2048];
+        Self { packet: empty, datagram: empty, packets: 0, datagrams: 0, last: 0, passed: 0 }
+    }
 }
 
 impl Sink for FixedSink {
@@ -94,11 +134,13 @@ impl Sink for FixedSink {
         self.datagrams += 1;
         self.last = len;
     }
-    fn hand_over(&mut self, _: gateway_proto::WorkerId, _: &gateway_proto::Handover<'_>) -> bool {
-        unreachable!("there is one worker")
+    fn hand_over(&mut self, to: WorkerId, handover: &Handover<'_>) -> bool {
+        assert_eq!((to, handover.hops), (WorkerId::FIRST, 1));
+        self.passed += 1;
+        true
     }
-    fn give(&mut self, _: gateway_proto::WorkerId, _: gateway_proto::worker::Moved) {
-        unreachable!("there is one worker")
+    fn give(&mut self, _: WorkerId, _: Moved) {
+        unreachable!("nobody moves")
     }
 }
 
@@ -114,64 +156,21 @@ impl Setup {
     #[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
     fn new(relayed: bool) -> Self {
         let now = Instant::now();
-        let private_key = StaticSecret::from([7; 32]);
-        let gateway = PublicKey::from(&private_key);
-        let client_key = StaticSecret::from([8; 32]);
-        let public_key = *PublicKey::from(&client_key).as_bytes();
-        let mut worker = Worker::new(Config {
-            private_key,
-            allow_own_ip: false,
-            seed: 3,
-            now,
-            id: gateway_proto::WorkerId::FIRST,
-            workers: 1,
-        });
-        let mut sink =
-            FixedSink { packet: [0; 2048], datagram: [0; 2048], packets: 0, datagrams: 0, last: 0 };
-
-        let keys = ConnectionKeys {
-            index: ConnectionIndex::new(5).unwrap(),
-            public_key,
-            preshared_key: Zeroizing::new([9; 32]),
-        };
-        let path = if relayed {
-            Path::Relayed { server: server(), channel: Some(CHANNEL), remote: remote() }
-        } else {
-            Path::Direct { local: local(), remote: remote() }
-        };
-        // Enough resources for the hashed table.
-        let resources: Vec<Resource> = (0..40)
-            .map(|n| Resource {
-                id: ResourceId(Uuid::from_u128(n)),
-                kind: ResourceKind::Cidr {
-                    name: String::new(),
-                    network: format!("10.0.{n}.0/24").parse().unwrap(),
-                    filters: vec![Filter::Udp { first: 53, last: 53 }],
-                },
-            })
-            .collect();
-        let tunnel =
-            TunnelAddrs { v4: "100.64.2.1".parse().unwrap(), v6: "fd00:2021:1111::2:1".parse().unwrap() };
-        let state = ClientState {
-            tunnel,
-            connection: Connection::Present(Arc::new(keys), Some(path)),
-            resources: resources.into(),
-        };
-        for command in [
-            Command::Relays([server()].into()),
-            Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },
-            Command::Client {
-                id: ClientId(Uuid::from_u128(1)),
-                home: gateway_proto::command::Home::at(gateway_proto::WorkerId::FIRST),
-                desired: Some(Arc::new(state)),
-            },
-        ] {
-            worker.handle_command(command, now, &mut sink);
-        }
-        let client = Tunn::new(client_key, gateway, Some([9; 32]), None, 77, None);
-        let mut setup = Self { worker, sink, client, relayed, now };
+        let gateway = PublicKey::from(&StaticSecret::from([7; 32]));
+        let client = Tunn::new(StaticSecret::from([8; 32]), gateway, Some([9; 32]), None, 77, None);
+        let worker = worker(0, relayed, now);
+        let mut setup = Self { worker, sink: FixedSink::new(), client, relayed, now };
         setup.handshake();
         setup
+    }
+
+    /// Another of the workers, which knows the same.
+    fn worker_of(&self, id: usize) -> Worker {
+        worker(id, self.relayed, self.now)
+    }
+
+    fn from(&self) -> SocketAddr {
+        if self.relayed { server() } else { remote() }
     }
 
     fn handshake(&mut self) {
@@ -209,11 +208,66 @@ impl Setup {
     }
 
     fn run(&mut self, datagrams: &[Vec<u8>], packets: &mut [Vec<u8>]) {
-        let from = if self.relayed { server() } else { remote() };
+        let from = self.from();
         let batch = datagrams.iter().map(|payload| Datagram { local: local(), from, ecn: Ecn::Ce, payload });
         self.worker.handle_datagrams(batch, self.now, &mut self.sink);
         self.worker.handle_packets(packets.iter_mut().map(|p| &mut p[..]), self.now, &mut self.sink);
     }
+}
+
+/// One of two workers; the client is the first one's.
+fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
+    let private_key = StaticSecret::from([7; 32]);
+    let public_key = *PublicKey::from(&StaticSecret::from([8; 32])).as_bytes();
+    let mut worker = Worker::new(Config {
+        private_key,
+        allow_own_ip: false,
+        seed: 3,
+        now,
+        id: WorkerId::new(id).unwrap(),
+        workers: 2,
+    });
+
+    let keys = ConnectionKeys {
+        index: ConnectionIndex::new(5).unwrap(),
+        public_key,
+        preshared_key: Zeroizing::new([9; 32]),
+    };
+    let path = if relayed {
+        Path::Relayed { server: server(), channel: Some(CHANNEL), remote: remote() }
+    } else {
+        Path::Direct { local: local(), remote: remote() }
+    };
+    // Enough resources for the hashed table.
+    let resources: Vec<Resource> = (0..40)
+        .map(|n| Resource {
+            id: ResourceId(Uuid::from_u128(n)),
+            kind: ResourceKind::Cidr {
+                name: String::new(),
+                network: format!("10.0.{n}.0/24").parse().unwrap(),
+                filters: vec![Filter::Udp { first: 53, last: 53 }],
+            },
+        })
+        .collect();
+    let tunnel =
+        TunnelAddrs { v4: "100.64.2.1".parse().unwrap(), v6: "fd00:2021:1111::2:1".parse().unwrap() };
+    let state = ClientState {
+        tunnel,
+        connection: Connection::Present(Arc::new(keys), Some(path)),
+        resources: resources.into(),
+    };
+    for command in [
+        Command::Relays([server()].into()),
+        Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },
+        Command::Client {
+            id: ClientId(Uuid::from_u128(1)),
+            home: Home::at(WorkerId::FIRST),
+            desired: Some(Arc::new(state)),
+        },
+    ] {
+        worker.handle_command(command, now, &mut FixedSink::new());
+    }
+    worker
 }
 
 fn local() -> SocketAddr {

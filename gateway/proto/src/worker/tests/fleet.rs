@@ -28,8 +28,9 @@ pub struct Fleet {
     pub tun: VecDeque<(usize, Vec<u8>)>,
     pub net: VecDeque<(usize, Route, Vec<u8>)>,
     pub events: VecDeque<(usize, WorkerEvent)>,
-    /// Passes from one worker to another.
+    /// Packets passed from one worker to another, and answers to orders to move.
     pub passes: u64,
+    pub answers: u64,
 }
 
 pub struct Node {
@@ -73,6 +74,7 @@ impl Fleet {
             net: VecDeque::new(),
             events: VecDeque::new(),
             passes: 0,
+            answers: 0,
         };
         let own = TunnelAddrs { v4: OWN_V4.parse().unwrap(), v6: OWN_V6.parse().unwrap() };
         fleet.tell(Command::OwnAddrs(own));
@@ -186,7 +188,10 @@ impl Fleet {
         for (to, parcel) in std::mem::take(&mut sink.passed) {
             assert_ne!(to.get(), n, "passed to itself");
             match parcel {
-                Parcel::Client(moved) => self.nodes[to.get()].mailbox.push(moved),
+                Parcel::Client(moved) => {
+                    self.answers += 1;
+                    self.nodes[to.get()].mailbox.push(moved);
+                }
                 parcel => {
                     self.passes += 1;
                     self.nodes[to.get()].rings[n].push_back(parcel);

@@ -155,6 +155,21 @@ fn the_budget_of_a_known_path_holds_where_its_packets_arrive() {
 }
 
 #[test]
+fn an_initiation_passes_one_gate() {
+    let mut fleet = Fleet::new(2);
+    let mut client = Fleet::client(1);
+    fleet.place(&client, at(1, 1), direct());
+    let stranger = Fleet::client(50).initiate();
+    (0..60).for_each(|_| fleet.datagram(1, addr("192.0.2.1:1"), &stranger));
+    fleet.net.clear();
+    let initiation = client.initiate();
+    fleet.datagram(0, addr("192.0.2.2:2"), &initiation);
+    fleet.rest();
+    assert_eq!(fleet.net.pop_front().map(|(by, _, message)| (by, message[0])), Some((1, 2)));
+    fleet.check_accounts();
+}
+
+#[test]
 fn stun_stays_where_it_was_heard() {
     let (mut fleet, _) = connected();
     let mut stun = vec![0; 20];

@@ -107,6 +107,7 @@ fn an_order_is_answered_once_and_by_empty_hands_if_need_be() {
     fleet.handshake(2, &mut client, addr(FROM));
     fleet.place(&client, from_to(0, 1, 2), direct());
     check_traffic(&mut fleet, &mut client, 1);
+    assert_eq!(fleet.answers, 1);
 }
 
 #[test]
@@ -188,6 +189,36 @@ fn a_client_that_came_back_is_not_mistaken_for_the_one_on_its_way() {
         fleet.handshake(2, &mut again, addr(FROM));
         check_traffic(&mut fleet, &mut again, 1);
     }
+}
+
+#[test]
+fn a_client_that_arrives_where_it_no_longer_belongs_is_dropped_in_silence() {
+    let (mut fleet, client) = connected();
+    fleet.post(&client_command(&client, from_to(0, 1, 2), direct()), 0);
+    fleet.hear(0);
+    let mut again = Fleet::client(1);
+    again.index = crate::ConnectionIndex::new(0x77).unwrap();
+    fleet.place(&again, at(2, 3), direct());
+    fleet.rest();
+    assert_eq!(fleet.answers, 1);
+    assert_eq!(fleet.holders(client.id), [(2, Some(again.index))]);
+    assert_eq!((adopted(&mut fleet), fleet.net.len()), (vec![], 0));
+    fleet.handshake(1, &mut again, addr(FROM));
+    check_traffic(&mut fleet, &mut again, 2);
+}
+
+#[test]
+fn a_client_that_left_by_itself_before_its_order_came_leaves_no_wait_behind() {
+    let (mut fleet, mut client) = connected();
+    fleet.post(&client_command(&client, from_to(0, 1, 2), direct()), 0);
+    fleet.hear(0);
+    fleet.turn(1, |all| all);
+    fleet.datagram(1, addr(FROM), &client.seal(&GOODBYE));
+    fleet.rest();
+    assert_eq!(adopted(&mut fleet), [(1, 2)]);
+    // Control, which has not heard of the goodbye, says that the move is over.
+    fleet.place(&client, at(1, 2), direct());
+    assert_eq!(fleet.holders(client.id), [(1, Some(client.index))]);
 }
 
 #[test]
