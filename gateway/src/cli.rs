@@ -15,8 +15,8 @@ Further environment variables:
   FIREZONE_UDP_RECV_BUFFER_SIZE, FIREZONE_UDP_SEND_BUFFER_SIZE
           Kernel buffers of the UDP sockets, in bytes
   FIREZONE_DISABLE
-          Offloads to do without when looking for a fault, separated by commas:
-          tun-offload, tun-uso, udp-gro, udp-gso; the log says at start what is in use";
+          What to do without when looking for a fault, separated by commas: tun-offload, tun-uso, udp-gro,
+          udp-gso, sendmmsg, reuseport-steering, tun-steering; the log says at start what is in use";
 
 /// Connects clients to resources: WireGuard over direct UDP or TURN relays, under a portal's authorizations.
 #[derive(Debug, Parser)]
@@ -118,6 +118,13 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    #[test]
+    fn help_names_every_word_of_firezone_disable() {
+        for capability in crate::data::capabilities::Capability::ALL {
+            assert!(VARIABLES.contains(capability.word()), "{}", capability.word());
+        }
+    }
 
     #[test]
     fn definition_is_consistent() {

@@ -3,19 +3,25 @@
 //!
 //! A worker builds each datagram in place: reserve, encrypt into the batch, commit. A datagram may only join the
 //! most recent batch of its route, so that order within a route is the order of commits. Buffers are made once.
+//! Where several sends wait, they leave by one system call; one that fails is repeated alone, to learn what is wrong.
 
 use std::{
     collections::VecDeque,
     io::{self, ErrorKind},
+    os::fd::AsFd as _,
     time::{Duration, Instant},
 };
 
+use arrayvec::ArrayVec;
 use gateway_common::{Counters, DropReason};
 use gateway_proto::{Ecn, Route};
 use quinn_udp::EcnCodepoint;
 use rustc_hash::FxHashMap;
 
-use super::udp::DataSocket;
+use super::{
+    sendmmsg::{self, MOST, Message},
+    udp::DataSocket,
+};
 
 /// One socket's way out.
 pub struct Outlet {
@@ -66,29 +72,54 @@ impl Outlet {
     /// Sends what waits, as far as the kernel takes it; the rest stays, in order.
     pub fn flush(&mut self, now: Instant, drops: &mut Counters) {
         let Self { socket, queue, blocked } = self;
-        let mut spoiled = false;
-        let flushed = queue.flush(now, drops, |route, contents, segment_size| {
-            let transmit = quinn_udp::Transmit {
-                destination: route.dst,
-                ecn: codepoint(route.ecn),
-                contents,
-                segment_size,
-                src_ip: route.src.map(|src| src.ip()),
-            };
-            let result = socket.state.try_send((&socket.socket).into(), &transmit);
-            if let Err(e) = &result
-                && is_refusal(e)
-            {
-                spoiled = true;
-            }
-            result
-        });
+        let mut kernel = Kernel { socket, spoiled: false };
+        let flushed = queue.flush(now, drops, &mut kernel);
         // quinn-udp takes EINVAL for an ancient kernel and stops setting ECN for the life of its state. It is also
         // what a source address that has left this machine gets. A new state is some twenty calls, hence once.
-        if spoiled {
+        if kernel.spoiled {
             socket.renew();
         }
         *blocked = flushed == Flushed::Blocked;
+    }
+}
+
+/// What sends: the kernel, or a test's stand-in.
+trait Wire {
+    /// Whether [`Wire::send_many`] may be used.
+    fn takes_many(&self) -> bool;
+    /// See [`sendmmsg::send`].
+    fn send_many(&mut self, messages: &[Message<'_>]) -> io::Result<usize>;
+    /// One send.
+    fn send(&mut self, message: &Message<'_>) -> io::Result<()>;
+}
+
+struct Kernel<'a> {
+    socket: &'a DataSocket,
+    /// quinn-udp has met one of its errors.
+    spoiled: bool,
+}
+
+impl Wire for Kernel<'_> {
+    fn takes_many(&self) -> bool {
+        self.socket.takes_many()
+    }
+
+    fn send_many(&mut self, messages: &[Message<'_>]) -> io::Result<usize> {
+        sendmmsg::send(self.socket.as_fd(), messages)
+    }
+
+    fn send(&mut self, message: &Message<'_>) -> io::Result<()> {
+        let Message { route, bytes, segment } = *message;
+        let transmit = quinn_udp::Transmit {
+            destination: route.dst,
+            ecn: codepoint(route.ecn),
+            contents: bytes,
+            segment_size: segment,
+            src_ip: route.src.map(|src| src.ip()),
+        };
+        let result = self.socket.state.try_send((&self.socket.socket).into(), &transmit);
+        self.spoiled |= result.as_ref().is_err_and(is_refusal);
+        result
     }
 }
 
@@ -212,18 +243,27 @@ impl Queue {
         (!batch.sealed && len <= batch.segment && batch.len + len <= limit).then_some(slot)
     }
 
-    /// Hands every batch to `send(route, bytes, segment size)`, in order, and counts what it refuses.
-    fn flush(
-        &mut self,
-        now: Instant,
-        drops: &mut Counters,
-        mut send: impl FnMut(&Route, &[u8], Option<usize>) -> io::Result<()>,
-    ) -> Flushed {
+    /// Sends every batch by `wire`, in order, and counts what that refuses.
+    fn flush(&mut self, now: Instant, drops: &mut Counters, wire: &mut impl Wire) -> Flushed {
         self.reserved = None;
         while let Some(&slot) = self.order.front() {
-            if self.flush_batch(slot, now, drops, &mut send) == Flushed::Blocked {
+            let flushed = match self.flush_many(now, wire) {
+                Some(flushed) => flushed,
+                None => self.flush_batch(slot, now, drops, wire),
+            };
+            self.retire();
+            if flushed == Flushed::Blocked {
                 return Flushed::Blocked;
             }
+        }
+        Flushed::Clean
+    }
+
+    /// Forgets the batches that are sent.
+    fn retire(&mut self) {
+        while let Some(&slot) = self.order.front()
+            && self.batches[slot].sent >= self.batches[slot].len
+        {
             self.order.pop_front();
             let batch = std::mem::replace(&mut self.batches[slot], EMPTY);
             if let Some(route) = batch.route
@@ -236,7 +276,51 @@ impl Queue {
             }
             self.free.push(slot);
         }
-        Flushed::Clean
+    }
+
+    /// Sends what one call takes. `None` if there is only one send, or the first of them failed.
+    fn flush_many(&mut self, now: Instant, wire: &mut impl Wire) -> Option<Flushed> {
+        if !wire.takes_many() {
+            return None;
+        }
+        let gso = self.may_segment(now);
+        let mut messages = ArrayVec::<Message<'_>, MOST>::new();
+        let mut origins = ArrayVec::<(usize, usize), MOST>::new();
+        for &slot in &self.order {
+            let batch = &self.batches[slot];
+            let Some(route) = &batch.route else { continue };
+            let mut rest = &self.bytes[slot * CAPACITY..][batch.sent..batch.len];
+            while !rest.is_empty() && !messages.is_full() {
+                let segmented = gso && rest.len() > batch.segment;
+                let (bytes, behind) =
+                    rest.split_at(if segmented { rest.len() } else { rest.len().min(batch.segment) });
+                messages.push(Message { route, bytes, segment: segmented.then_some(batch.segment) });
+                origins.push((slot, bytes.len()));
+                rest = behind;
+            }
+            if messages.is_full() {
+                break;
+            }
+        }
+        if messages.len() < 2 {
+            return None;
+        }
+        let (sent, flushed) = match wire.send_many(&messages) {
+            Ok(sent) if sent > 0 => (sent, Flushed::Clean),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => (0, Flushed::Blocked),
+            _ => return None,
+        };
+        drop(messages);
+        for (slot, len) in origins.drain(..sent.min(origins.len())) {
+            let batch = &mut self.batches[slot];
+            batch.sent += len;
+            batch.sealed = true;
+        }
+        Some(flushed)
+    }
+
+    fn may_segment(&self, now: Instant) -> bool {
+        self.gso && self.gso_rests_until.is_none_or(|until| now >= until)
     }
 
     fn flush_batch(
@@ -244,18 +328,19 @@ impl Queue {
         slot: usize,
         now: Instant,
         drops: &mut Counters,
-        send: &mut impl FnMut(&Route, &[u8], Option<usize>) -> io::Result<()>,
+        wire: &mut impl Wire,
     ) -> Flushed {
+        let mut gso = self.may_segment(now);
         let batch = &mut self.batches[slot];
         let Some(route) = batch.route else { return Flushed::Clean };
         let bytes = &self.bytes[slot * CAPACITY..][..batch.len];
-        let mut gso = self.gso && self.gso_rests_until.is_none_or(|until| now >= until);
         let mut refused = None;
         while batch.sent < batch.len {
             let rest = &bytes[batch.sent..];
             let segmented = gso && rest.len() > batch.segment;
             let part = if segmented { rest } else { &rest[..rest.len().min(batch.segment)] };
-            match send(&route, part, segmented.then_some(batch.segment)) {
+            let segment = segmented.then_some(batch.segment);
+            match wire.send(&Message { route: &route, bytes: part, segment }) {
                 Ok(()) => {
                     batch.sent += part.len();
                     // A path with a small MTU refuses the batch, and its full datagrams, but takes a short last one.
@@ -288,189 +373,4 @@ impl Queue {
 }
 
 #[cfg(test)]
-#[expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
-mod tests {
-    use std::{collections::HashMap, net::Ipv4Addr};
-
-    use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
-
-    use super::*;
-
-    #[test]
-    fn random_datagrams_arrive_whole_in_order_and_within_limits() {
-        for seed in 0..200 {
-            let mut rng = SmallRng::seed_from_u64(seed);
-            let mut queue = Queue::new(seed % 2 == 0, true);
-            let mut wire = Wire::default();
-            let mut expect: HashMap<Route, Vec<Vec<u8>>> = HashMap::new();
-            let routes: u16 = rng.random_range(1..100);
-            for i in 0..rng.random_range(1..600u32) {
-                let route = route(rng.random_range(0..routes));
-                let len = *[1316, 1316, 1316, 96, 97, 1280, 1].get(rng.random_range(0..7)).unwrap();
-                if !queue.has_room(&route, len) {
-                    queue.flush(Instant::now(), &mut Counters::default(), |r, b, s| wire.send(r, b, s));
-                }
-                let bytes = queue.reserve(&route, len).expect("there is room after a flush");
-                assert!(bytes.len() >= len);
-                if rng.random_bool(0.1) {
-                    continue; // a reservation that is given up
-                }
-                bytes[..len].fill(i as u8);
-                queue.commit(len);
-                expect.entry(route).or_default().push(vec![i as u8; len]);
-            }
-            assert_eq!(
-                queue.flush(Instant::now(), &mut Counters::default(), |r, b, s| wire.send(r, b, s)),
-                Flushed::Clean
-            );
-            assert_eq!(wire.got, expect, "seed {seed}");
-            assert_eq!(queue.free.len(), BATCHES, "no buffer is leaked");
-            assert!(queue.latest.is_empty() && queue.order.is_empty());
-        }
-    }
-
-    #[test]
-    fn full_batch_is_one_send_of_49_segments() {
-        let mut queue = Queue::new(false, true);
-        put(&mut queue, 0, 1316, 50);
-        let mut wire = Wire::default();
-        queue.flush(Instant::now(), &mut Counters::default(), |r, b, s| wire.send(r, b, s));
-        assert_eq!(wire.calls, [(49 * 1316, Some(1316)), (1316, None)]);
-    }
-
-    #[test]
-    fn shorter_datagram_seals_and_longer_begins_anew() {
-        let mut queue = Queue::new(false, true);
-        for len in [100, 100, 60, 60, 100, 120] {
-            put(&mut queue, 0, len, 1);
-        }
-        let mut wire = Wire::default();
-        queue.flush(Instant::now(), &mut Counters::default(), |r, b, s| wire.send(r, b, s));
-        assert_eq!(wire.calls, [(260, Some(100)), (60, None), (100, None), (120, None)]);
-    }
-
-    #[test]
-    fn refused_offload_loses_nothing_and_rests_for_a_minute() {
-        for errno in [libc::EIO, libc::EINVAL] {
-            let mut queue = Queue::new(false, true);
-            let mut wire = Wire { refuse_gso: Some(errno), ..Wire::default() };
-            let (now, mut drops) = (Instant::now(), Counters::default());
-            put(&mut queue, 0, 100, 3);
-            queue.flush(now, &mut drops, |r, b, s| wire.send(r, b, s));
-            put(&mut queue, 0, 100, 2);
-            queue.flush(now, &mut drops, |r, b, s| wire.send(r, b, s));
-            wire.refuse_gso = None;
-            put(&mut queue, 0, 100, 2);
-            queue.flush(now + GSO_REST, &mut drops, |r, b, s| wire.send(r, b, s));
-            let single = (100, None);
-            assert_eq!(
-                wire.calls,
-                [(300, Some(100)), single, single, single, single, single, (200, Some(100))]
-            );
-            assert_eq!(wire.got[&route(0)].len(), 7);
-            assert_eq!(drops, Counters::default());
-        }
-    }
-
-    #[test]
-    fn bad_route_costs_its_own_datagrams_and_not_the_offload() {
-        let mut queue = Queue::new(false, true);
-        let mut wire = Wire { unreachable: Some(route(1)), ..Wire::default() };
-        let mut drops = Counters::default();
-        put(&mut queue, 1, 100, 3);
-        put(&mut queue, 2, 100, 3);
-        assert_eq!(queue.flush(Instant::now(), &mut drops, |r, b, s| wire.send(r, b, s)), Flushed::Clean);
-        assert_eq!(drops.get(DropReason::UdpSend), 3);
-        assert_eq!(wire.got[&route(2)].len(), 3);
-        assert_eq!(wire.calls.last(), Some(&(300, Some(100))));
-    }
-
-    #[test]
-    fn path_with_a_small_mtu_does_not_cost_others_the_offload() {
-        let mut queue = Queue::new(false, true);
-        let mut wire = Wire { mtu: Some(500), ..Wire::default() };
-        let mut drops = Counters::default();
-        put(&mut queue, 1, 1000, 3);
-        put(&mut queue, 1, 50, 1);
-        put(&mut queue, 2, 100, 3);
-        assert_eq!(queue.flush(Instant::now(), &mut drops, |r, b, s| wire.send(r, b, s)), Flushed::Clean);
-        assert_eq!(drops.iter().collect::<Vec<_>>(), [(DropReason::UdpSend, 3)]);
-        assert_eq!(wire.got[&route(1)], [[7; 50]]);
-        assert_eq!(wire.calls.last(), Some(&(300, Some(100))));
-    }
-
-    #[test]
-    fn blocked_socket_keeps_order_and_refuses_only_when_full() {
-        let mut queue = Queue::new(false, false);
-        let (now, mut drops) = (Instant::now(), Counters::default());
-        let mut wire = Wire { room: Some(2), ..Wire::default() };
-        put(&mut queue, 0, 100, 3);
-        assert_eq!(queue.flush(now, &mut drops, |r, b, s| wire.send(r, b, s)), Flushed::Blocked);
-        put(&mut queue, 0, 100, 1);
-        for i in 1..BATCHES - 1 {
-            put(&mut queue, u16::try_from(i).unwrap(), 100, 1);
-        }
-        assert!(queue.reserve(&route(999), 100).is_none(), "every buffer waits");
-        assert!(queue.reserve(&route(5), 100).is_some(), "a waiting batch of the route still takes it");
-        wire.room = None;
-        assert_eq!(queue.flush(now, &mut drops, |r, b, s| wire.send(r, b, s)), Flushed::Clean);
-        assert_eq!(wire.got[&route(0)].len(), 4);
-        assert_eq!(wire.got.len(), BATCHES - 1);
-        assert_eq!(drops, Counters::default());
-    }
-
-    #[test]
-    fn more_than_a_packet_holds_is_refused() {
-        let mut queue = Queue::new(false, true);
-        assert!(queue.reserve(&route(0), 65_535 - 68).is_some());
-        assert!(queue.reserve(&route(0), 65_535 - 67).is_none());
-        queue.commit(10);
-        assert!(queue.order.is_empty(), "nothing was reserved");
-    }
-
-    /// A kernel: cuts what it is given, after checking the limits.
-    #[derive(Default)]
-    struct Wire {
-        got: HashMap<Route, Vec<Vec<u8>>>,
-        calls: Vec<(usize, Option<usize>)>,
-        refuse_gso: Option<i32>,
-        unreachable: Option<Route>,
-        mtu: Option<usize>,
-        room: Option<usize>,
-    }
-
-    impl Wire {
-        fn send(&mut self, route: &Route, bytes: &[u8], segment: Option<usize>) -> io::Result<()> {
-            if self.room == Some(0) {
-                return Err(ErrorKind::WouldBlock.into());
-            }
-            self.room = self.room.map(|room| room - 1);
-            self.calls.push((bytes.len(), segment));
-            if self.unreachable == Some(*route) {
-                return Err(io::Error::from_raw_os_error(libc::EINVAL));
-            }
-            if self.mtu.is_some_and(|mtu| segment.unwrap_or(bytes.len()) > mtu) {
-                let errno = if segment.is_some() { libc::EINVAL } else { libc::EMSGSIZE };
-                return Err(io::Error::from_raw_os_error(errno));
-            }
-            if let (Some(errno), Some(_)) = (self.refuse_gso, segment) {
-                return Err(io::Error::from_raw_os_error(errno));
-            }
-            let segment = segment.unwrap_or(bytes.len());
-            assert!(bytes.len() <= 65_535 - 48 && bytes.len().div_ceil(segment) <= MAX_SEGMENTS);
-            self.got.entry(*route).or_default().extend(bytes.chunks(segment).map(<[u8]>::to_vec));
-            Ok(())
-        }
-    }
-
-    fn put(queue: &mut Queue, n: u16, len: usize, times: usize) {
-        for _ in 0..times {
-            queue.reserve(&route(n), len).expect("there is room")[..len].fill(7);
-            queue.commit(len);
-        }
-    }
-
-    fn route(n: u16) -> Route {
-        Route { src: None, dst: (Ipv4Addr::new(192, 0, 2, 1), 1000 + n).into(), ecn: Ecn::NotEct }
-    }
-}
+mod tests;

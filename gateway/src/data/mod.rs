@@ -16,7 +16,7 @@ pub mod interface;
 pub mod lock;
 pub mod sysctl;
 
-mod capabilities;
+pub mod capabilities;
 mod coalesce;
 mod gso;
 mod headers;
@@ -24,6 +24,7 @@ mod merge;
 #[cfg(test)]
 mod netns_tests;
 mod queue;
+mod sendmmsg;
 mod split;
 #[cfg(test)]
 mod test_packets;
@@ -48,6 +49,7 @@ pub use self::{
     udp::{BufferSizes, MARK},
 };
 use self::{
+    capabilities::InUse,
     queue::{Commands, Events},
     tun::Tun,
     udp::Sockets,
@@ -106,8 +108,10 @@ impl DataPlane {
             workers: 1,
         });
         let tun = Tun::create(&config.tun_name, config.allowed)?;
-        let offered = sockets.offered(tun.offered());
-        tracing::info!("Batching: {}", config.allowed.describe(offered));
+        let mut in_use = InUse::new(config.allowed);
+        sockets.report(&mut in_use);
+        tun.report(&mut in_use);
+        tracing::info!("In use: {}", in_use.describe());
         let worker = WorkerThread::spawn(core, sockets, tun, commands.clone(), events.clone())?;
         Ok(Self::of(commands, events, for_control, worker))
     }

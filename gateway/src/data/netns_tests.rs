@@ -35,6 +35,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     BufferSizes, Capabilities, Config, DataPlane, TUN_NAME,
+    capabilities::Capability,
     gso::Outlet,
     interface::{Families, Interface},
     queue::{Commands, Events},
@@ -208,7 +209,9 @@ fn tcp_and_udp_pass_whole_both_ways_with_offloads_in_use() {
 
 #[test]
 fn tcp_and_udp_pass_whole_with_any_offload_forbidden() {
-    for words in ["tun-offload", "tun-uso", "udp-gro", "udp-gso", "tun-offload,tun-uso,udp-gro,udp-gso"] {
+    for words in
+        ["tun-offload", "tun-uso", "udp-gro", "udp-gso", "sendmmsg", "tun-offload,udp-gro,udp-gso,sendmmsg"]
+    {
         println!("without {words}");
         let allowed = Capabilities::without(words).unwrap();
         in_netns(both_ways(allowed, &[("192.0.2.1", "192.0.2.2")]));
@@ -566,8 +569,9 @@ impl Side {
     async fn check(&mut self, allowed: Capabilities) {
         // Single sends fill the socket's buffer; TCP slows down by what is dropped then.
         let counters = self.data.counters();
-        let unexpected =
-            |(reason, _): &(DropReason, u64)| allowed.udp_gso || *reason != DropReason::Backpressure;
+        let unexpected = |(reason, _): &(DropReason, u64)| {
+            allowed.allow(Capability::UdpGso) || *reason != DropReason::Backpressure
+        };
         assert_eq!(counters.iter().filter(unexpected).collect::<Vec<_>>(), []);
         let events = self.data.recv().await.unwrap();
         assert!(matches!(&events[0], WorkerEvent::Stun(stun) if stun.local.port() == 52_625));
@@ -578,7 +582,7 @@ impl Side {
         let (in_kernel, seen) = (fields[1] + fields[9], self.seen.load(Ordering::Relaxed));
         println!("{seen} packets through the worker were {in_kernel} in the kernel");
         assert!(
-            in_kernel * 4 < seen || !allowed.tun_offload,
+            in_kernel * 4 < seen || !allowed.allow(Capability::TunOffload),
             "no super-packets: {in_kernel} in the kernel, {seen} here"
         );
     }

@@ -13,7 +13,7 @@ use gateway_proto::addr::MAX_INNER;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::{
-    capabilities::Capabilities,
+    capabilities::{Capabilities, Capability, InUse, NOT_OFFERED},
     coalesce::{Device, Offloads},
 };
 
@@ -32,9 +32,9 @@ impl Tun {
     /// # Errors
     /// One sentence: no right, no TUN driver, or another process has the device.
     pub fn create(name: &str, allowed: Capabilities) -> Result<Self> {
-        let device = match build(name, allowed.tun_offload) {
+        let device = match build(name, allowed.allow(Capability::TunOffload)) {
             Ok(device) => device,
-            Err(e) if allowed.tun_offload && e.raw_os_error() == Some(libc::EINVAL) => {
+            Err(e) if allowed.allow(Capability::TunOffload) && e.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::info!("The kernel offers no offloads on TUN devices: {e}");
                 build(name, false).with_context(|| why(name, &e))?
             }
@@ -47,17 +47,19 @@ impl Tun {
         if let Err(e) = device.set_tx_queue_len(QUEUE_LEN) {
             tracing::info!("The queue of {name} keeps its length: {e}");
         }
-        let offloads = Offloads { vnet: device.tcp_gso(), uso: device.udp_gso() && allowed.tun_uso };
+        let offloads =
+            Offloads { vnet: device.tcp_gso(), uso: device.udp_gso() && allowed.allow(Capability::TunUso) };
         Ok(Self { device, offloads })
     }
 
-    /// What the kernel agreed to; of the sockets' capabilities nothing is known here.
-    pub fn offered(&self) -> Capabilities {
-        // UDP segmentation needs Linux 6.2.
-        Capabilities {
-            tun_offload: self.device.tcp_gso(),
-            tun_uso: self.device.udp_gso(),
-            ..Capabilities::ALL
+    /// Says what of the offloads the kernel does not offer.
+    pub fn report(&self, in_use: &mut InUse) {
+        if !self.device.tcp_gso() {
+            in_use.missing(Capability::TunOffload, NOT_OFFERED);
+        }
+        // Since Linux 6.2.
+        if !self.device.udp_gso() {
+            in_use.missing(Capability::TunUso, NOT_OFFERED);
         }
     }
 

@@ -22,7 +22,10 @@ use nix::{
 use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::capabilities::Capabilities;
+use super::{
+    capabilities::{Capabilities, Capability, InUse, NOT_OFFERED},
+    sendmmsg,
+};
 
 /// What every socket towards the Internet is marked with, so that its packets skip the tunnel's routes.
 pub const MARK: u32 = 0xfd00_2021;
@@ -102,15 +105,17 @@ impl Sockets {
         Ok(Self { v4: clone(&self.v4)?, v6: clone(&self.v6)? })
     }
 
-    /// What the kernel agreed to, in place of the sockets' part of `others`.
-    pub fn offered(&self, others: Capabilities) -> Capabilities {
-        let all = |ask: fn(&UdpSocketState) -> bool| {
-            [&self.v4, &self.v6].into_iter().flatten().all(|socket| ask(&socket.state))
-        };
-        Capabilities {
-            udp_gro: all(|state| state.gro_segments() > 1),
-            udp_gso: all(|state| state.max_gso_segments() > 1),
-            ..others
+    /// Says what of batching the kernel does not offer.
+    pub fn report(&self, in_use: &mut InUse) {
+        let sockets = || [&self.v4, &self.v6].into_iter().flatten();
+        if !sockets().all(|socket| socket.state.gro_segments() > 1) {
+            in_use.missing(Capability::UdpGro, NOT_OFFERED);
+        }
+        if !sockets().all(|socket| socket.state.max_gso_segments() > 1) {
+            in_use.missing(Capability::UdpGso, NOT_OFFERED);
+        }
+        if !sockets().all(|socket| sendmmsg::is_offered(socket.as_fd())) {
+            in_use.missing(Capability::Sendmmsg, NOT_OFFERED);
         }
     }
 
@@ -141,6 +146,7 @@ pub struct DataSocket {
     port: u16,
     v6: bool,
     allowed: Capabilities,
+    takes_many: bool,
 }
 
 impl DataSocket {
@@ -172,13 +178,15 @@ impl DataSocket {
         let socket = UdpSocket::from(socket);
         let state = state_of(&socket, allowed)?;
         let port = socket.local_addr()?.port();
-        Ok(Self { socket, state, port, v6: ip.is_ipv6(), allowed })
+        let takes_many = allowed.allow(Capability::Sendmmsg) && sendmmsg::is_offered(socket.as_fd());
+        Ok(Self { socket, state, port, v6: ip.is_ipv6(), allowed, takes_many })
     }
 
     fn try_clone(&self) -> io::Result<Self> {
         let socket = self.socket.try_clone()?;
         let state = state_of(&socket, self.allowed)?;
-        Ok(Self { socket, state, port: self.port, v6: self.v6, allowed: self.allowed })
+        let Self { port, v6, allowed, takes_many, .. } = *self;
+        Ok(Self { socket, state, port, v6, allowed, takes_many })
     }
 
     /// The port the kernel gave us.
@@ -188,7 +196,12 @@ impl DataSocket {
 
     /// May several datagrams be sent at once, and does the kernel know how?
     pub fn segments(&self) -> bool {
-        self.allowed.udp_gso && self.state.max_gso_segments() > 1
+        self.allowed.allow(Capability::UdpGso) && self.state.max_gso_segments() > 1
+    }
+
+    /// May several sends be one system call, and does the kernel know how?
+    pub fn takes_many(&self) -> bool {
+        self.takes_many
     }
 
     /// A new state in place of one that quinn-udp has spoiled; see [`state_of`].
@@ -218,7 +231,7 @@ impl AsFd for DataSocket {
 fn state_of(socket: &UdpSocket, allowed: Capabilities) -> io::Result<UdpSocketState> {
     let state = UdpSocketState::new(socket.into())?;
     setsockopt(socket, ReceiveTimestampns, &false)?;
-    if !allowed.udp_gro {
+    if !allowed.allow(Capability::UdpGro) {
         setsockopt(socket, UdpGroSegment, &false)?;
     }
     Ok(state)
