@@ -57,7 +57,7 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("symmetric NAT on both sides: relayed", symmetric_nat::plan, 20, paths::relayed),
     scenario("two relays: ping and HTTP", two_relays::plan, 20, paths::relayed),
     scenario("two relays: the one in use dies", two_relays::plan, 60, paths::relay_dies),
-    scenario("the relay is started again and knows nobody", relay_only::plan, 100, relays::restarted),
+    scenario("the relay is started again and knows nobody", relay_only::plan, 60, relays::restarted),
     scenario("a relay is replaced while traffic flows", two_relays::plan, 60, relays::replaced),
     scenario("all relays go and come back, the direct path stays", direct::plan, 60, relays::all_gone),
     scenario("Nov-2025 client and portal: direct", direct::plan, 20, paths::nov25),

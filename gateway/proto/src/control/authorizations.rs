@@ -16,6 +16,8 @@ use crate::{
 /// Granted less than this before an `init` that does not list it: the portal writes authorizations about 1 s late
 /// (portal-protocol.md section 14, no. 12), so its list may be older than the grant.
 pub(super) const RESYNC_GRACE: Duration = Duration::from_secs(5);
+/// The wall clock may be off by so much before deadlines follow it: the portal counts in seconds.
+const STEP: Duration = Duration::from_millis(250);
 /// How long an authorization waits for a relay. The portal gives up 15 s after it asked (portal-protocol.md 8.2).
 const PARKING: Duration = Duration::from_secs(12);
 /// Authorizations that may wait at a time; the oldest goes first.
@@ -32,8 +34,8 @@ pub(super) struct Authorizations {
 #[derive(Debug)]
 struct Authorization {
     resource: Resource,
-    /// `None` is never.
-    expires: Option<Instant>,
+    /// By the wall clock, as the portal said it; `None` is never.
+    expires: Option<UnixSeconds>,
     granted: Instant,
 }
 
@@ -50,7 +52,7 @@ pub(super) enum Update {
 
 impl Authorizations {
     /// Adds the resource, or renews it: filters and expiry are replaced.
-    pub(super) fn grant(&mut self, resource: Resource, expires: Option<Instant>, now: Instant) -> Update {
+    pub(super) fn grant(&mut self, resource: Resource, expires: Option<UnixSeconds>, now: Instant) -> Update {
         let id = resource.id;
         let update = self.update(&resource);
         match self.granted.get_mut(&id) {
@@ -89,7 +91,7 @@ impl Authorizations {
     }
 
     /// A new expiry; false if the client does not hold the resource.
-    pub(super) fn set_expiry(&mut self, resource: ResourceId, expires: Option<Instant>) -> bool {
+    pub(super) fn set_expiry(&mut self, resource: ResourceId, expires: Option<UnixSeconds>) -> bool {
         self.granted.get_mut(&resource).map(|a| a.expires = expires).is_some()
     }
 
@@ -98,7 +100,7 @@ impl Authorizations {
     /// Returns what was taken away.
     pub(super) fn resync(
         &mut self,
-        listed: impl Fn(ResourceId) -> Option<Option<Instant>>,
+        listed: impl Fn(ResourceId) -> Option<Option<UnixSeconds>>,
         now: Instant,
     ) -> Vec<ResourceId> {
         self.take_unless(|id, authorization| match listed(id) {
@@ -111,16 +113,16 @@ impl Authorizations {
     }
 
     /// Takes away what ended at `now` or earlier and returns it.
-    pub(super) fn expire(&mut self, now: Instant) -> Vec<ResourceId> {
-        if self.next_expiry().is_none_or(|at| at > now) {
+    pub(super) fn expire(&mut self, clock: &WallClock, now: Instant) -> Vec<ResourceId> {
+        if self.next_expiry(clock).is_none_or(|at| at > now) {
             return Vec::new();
         }
-        self.take_unless(|_, authorization| authorization.expires.is_none_or(|at| at > now))
+        self.take_unless(|_, authorization| clock.deadline(authorization.expires).is_none_or(|at| at > now))
     }
 
-    /// When the first one ends.
-    pub(super) fn next_expiry(&self) -> Option<Instant> {
-        self.granted.values().filter_map(|a| a.expires).min()
+    /// When the first one ends, by what the wall clock says now.
+    pub(super) fn next_expiry(&self, clock: &WallClock) -> Option<Instant> {
+        clock.deadline(self.granted.values().filter_map(|a| a.expires).min())
     }
 
     /// Has the client nothing left?
@@ -165,7 +167,9 @@ fn same_destination(a: &ResourceKind, b: &ResourceKind) -> bool {
     }
 }
 
-/// Where wall clock and monotonic clock met: turns the portal's Unix times into deadlines.
+/// Where wall clock and monotonic clock met last: turns the portal's Unix times into deadlines.
+///
+/// A deadline holds until the wall clock is set; that is why the portal's times are kept, and not deadlines.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WallClock {
     unix: Duration,
@@ -176,6 +180,17 @@ impl WallClock {
     /// `unix` is the time since 1970 at `at`.
     pub(super) fn new(unix: Duration, at: Instant) -> Self {
         Self { unix, at }
+    }
+
+    /// The wall clock shows `unix` at `at`. True if deadlines must be reckoned anew; what a clock that is corrected
+    /// bit by bit is off by adds up until it is worth it.
+    pub(super) fn set(&mut self, unix: Duration, at: Instant) -> bool {
+        let expected = self.unix + at.saturating_duration_since(self.at);
+        let stepped = expected.abs_diff(unix) >= STEP;
+        if stepped {
+            *self = Self { unix, at };
+        }
+        stepped
     }
 
     /// The deadline for a time; one that is past is due at once, one beyond reckoning never.

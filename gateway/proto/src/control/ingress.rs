@@ -38,9 +38,9 @@ impl Control {
     }
 
     fn resync(&mut self, listed: &[messages::AuthorizationRef], now: Instant) {
-        let mut expiries: FxHashMap<(ClientId, ResourceId), Option<Instant>> = FxHashMap::default();
+        let mut expiries: FxHashMap<(ClientId, ResourceId), Option<UnixSeconds>> = FxHashMap::default();
         for line in listed {
-            let expires = self.clock.deadline(line.expires_at);
+            let expires = line.expires_at;
             let known = expiries.entry((line.client, line.resource)).or_insert(expires);
             // Of several the longest counts; `None` is never.
             *known = known.zip(expires).map(|(a, b)| a.max(b));
@@ -93,7 +93,7 @@ impl Control {
         let id = authorize.client.id;
         self.placement.enter(id);
         self.connect(&authorize, relay, now);
-        let expires = self.clock.deadline(authorize.expires_at);
+        let expires = authorize.expires_at;
         let client = self.clients.get_mut(&id).expect("connected just now");
         let resource = authorize.resource.id;
         if client.authorizations.grant(authorize.resource, expires, now) == Update::Refused {
@@ -191,9 +191,8 @@ impl Control {
         expires: UnixSeconds,
         now: Instant,
     ) {
-        let expires = self.clock.deadline(Some(expires));
         let Some(client) = self.clients.get_mut(&id) else { return };
-        if client.authorizations.set_expiry(resource, expires) {
+        if client.authorizations.set_expiry(resource, Some(expires)) {
             self.expire_authorizations(id, now);
             self.schedule(id);
         }

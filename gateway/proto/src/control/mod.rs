@@ -62,7 +62,7 @@ const ACKNOWLEDGEMENT_LIFE: Duration = Duration::from_secs(15);
 pub struct Config {
     /// Feeds indices, tie-breakers, transaction ids and the choice among relays. It must not be guessable.
     pub seed: u64,
-    /// The time since 1970-01-01 UTC at `now`.
+    /// The time since 1970-01-01 UTC at `now`; later see [`Control::handle_wall_clock`].
     pub unix_now: Duration,
     /// The present.
     pub now: Instant,
@@ -243,6 +243,21 @@ impl Control {
                 }
             }
             WorkerEvent::ChannelsUsed(used) => self.shared.relays.handle_channels_used(&used, now),
+        }
+        self.settle(now);
+    }
+
+    /// The wall clock shows `unix_now`, counted from 1970-01-01 UTC: to be told with every tick and whenever the clock
+    /// was set, because what the portal grants ends by it. It costs nothing while the two clocks agree.
+    pub fn handle_wall_clock(&mut self, unix_now: Duration, now: Instant) {
+        if !self.clock.set(unix_now, now) {
+            return;
+        }
+        info!("The wall clock was set, access ends by what it shows now");
+        let ids: Vec<ClientId> = self.clients.keys().copied().collect();
+        for id in ids {
+            self.expire_authorizations(id, now);
+            self.schedule(id);
         }
         self.settle(now);
     }
@@ -494,7 +509,7 @@ impl Control {
 
     fn expire_authorizations(&mut self, id: ClientId, now: Instant) {
         let Some(client) = self.clients.get_mut(&id) else { return };
-        let expired = client.authorizations.expire(now);
+        let expired = client.authorizations.expire(&self.clock, now);
         for resource in &expired {
             info!(client = %id, %resource, "Access expired");
         }
@@ -522,7 +537,7 @@ impl Control {
     fn schedule(&mut self, id: ClientId) {
         let deadline = self.clients.get_mut(&id).and_then(|client| {
             let connection = client.connection.as_mut().and_then(|c| c.deadline());
-            [connection, client.authorizations.next_expiry()].into_iter().flatten().min()
+            [connection, client.authorizations.next_expiry(&self.clock)].into_iter().flatten().min()
         });
         self.timers.set(id, deadline);
     }

@@ -174,6 +174,52 @@ fn access_ends_when_it_expires_to_the_second() {
 }
 
 #[test]
+fn access_ends_by_the_wall_clock_wherever_it_is_set() {
+    // Granted for 100 s. After 10 s the clock steps by so many seconds; the access ends so many seconds after the grant.
+    let table = [(0, 100), (30, 70), (-50, 150), (89, 11), (90, 10), (100_000, 10), (-1_000_000, 1_000_100)];
+    for (step, ends) in table {
+        let mut world = settled();
+        let granted = UNIX_START + 1;
+        let grant = |world: &World, n| world.client.authorize(n, Some(granted + 100));
+        let first = grant(&world, 1);
+        world.ingress(Ingress::Authorize(Box::new(first)));
+        world.authorize(2);
+        world.run(10 * SECOND);
+        let unix = i64::try_from(granted + 10).unwrap() + step;
+        // Twice: a tick tells what is known already.
+        for _ in 0..2 {
+            world.wall_clock(Duration::from_secs(u64::try_from(unix).unwrap()));
+        }
+        let left = Duration::from_secs(ends - 10);
+        if !left.is_zero() {
+            let nearly = left - Duration::from_millis(1);
+            world.skip(nearly);
+            assert_eq!(resources(&world), [1, 2], "{step}");
+            world.skip(Duration::from_millis(1));
+        }
+        assert_eq!(resources(&world), [2], "{step}");
+    }
+}
+
+#[test]
+fn a_clock_that_is_corrected_bit_by_bit_is_followed_within_a_quarter_of_a_second() {
+    let mut world = settled();
+    let first = world.client.authorize(1, Some(UNIX_START + 1 + 1000));
+    world.ingress(Ingress::Authorize(Box::new(first)));
+    world.authorize(2);
+    // It runs 1 % fast, as a clock does that catches up.
+    let mut ended = None;
+    for tick in 1..=1000_u64 {
+        world.skip(SECOND);
+        world.wall_clock(Duration::from_secs(UNIX_START + 1) + Duration::from_millis(1010 * tick));
+        if ended.is_none() && resources(&world) == [2] {
+            ended = Some(tick);
+        }
+    }
+    assert!(matches!(ended, Some(990..=991)), "{ended:?}");
+}
+
+#[test]
 fn an_authorization_that_ended_in_the_past_is_not_served() {
     let mut world = settled();
     let past = world.client.authorize(1, Some(UNIX_START - 1));

@@ -10,6 +10,7 @@ use super::{
 use crate::command::{ChannelUse, StunDatagram};
 
 const REFRESH: u16 = 0x0004;
+const BIND: u16 = 0x0009;
 
 #[test]
 fn a_relay_that_was_restarted_is_replaced_within_three_round_trips_of_the_question() {
@@ -109,6 +110,24 @@ fn a_silent_relay_is_freed_unless_data_comes_through_it() {
         world.run(secs(20));
         assert_eq!(world.allocated(), !freed, "data: {data}");
         assert!(refreshes(&mut world) >= 4);
+    }
+}
+
+#[test]
+fn a_refused_bind_makes_us_ask_what_else_the_relay_forgot() {
+    // coturn answers a bind without an allocation with 400, as it answers a bind that is wrong in itself.
+    for (code, asked) in [(400, 1), (403, 0), (508, 0)] {
+        let mut world = World::with_one(Flavor::Coturn, 3478);
+        world.run(secs(10));
+        world.take_kinds();
+        world.twins[0].refuse = Some((BIND, code));
+        for port in 1..=20 {
+            world.relays.bind(id(0), format!("192.0.2.9:{port}").parse().unwrap(), Use::Signalled, world.now);
+            world.pump();
+        }
+        world.run(secs(1));
+        // The first REFRESH to this server has attributes that it does not want.
+        assert_eq!(refreshes(&mut world), 2 * asked, "{code}");
     }
 }
 

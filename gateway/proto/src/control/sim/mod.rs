@@ -225,6 +225,19 @@ impl World {
         self.ingress(Ingress::Authorize(Box::new(authorize)));
     }
 
+    /// The shell tells what the wall clock shows.
+    pub(super) fn wall_clock(&mut self, unix_now: Duration) {
+        self.gateway.handle_wall_clock(unix_now, self.now);
+        self.after_anything();
+    }
+
+    /// Time passes in which nobody but the gateway's timers does anything: cheap, however long it is.
+    pub(super) fn skip(&mut self, duration: Duration) {
+        self.now += duration;
+        self.gateway.handle_timeout(self.now);
+        self.after_anything();
+    }
+
     pub(super) fn worker_event(&mut self, event: WorkerEvent) {
         self.gateway.handle_worker_event(event, self.now);
         self.after_anything();

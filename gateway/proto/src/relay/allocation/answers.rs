@@ -212,6 +212,8 @@ impl Allocation {
             proven: now,
         };
         tracing::debug!(relay = %self.id, server = %active.server, ?lifetime, "Allocated");
+        // A new allocation is a new question.
+        self.checked = None;
         self.state = State::Allocated { active, granted };
         for addr in success.relayed.into_iter().flatten() {
             out.events.push_back(RelayEvent::Added(self.candidate(addr, active), self.id));
@@ -295,6 +297,10 @@ impl Allocation {
                 let (relay, server) = (self.id, pending.dst);
                 if let Some(peer) = self.channels.on_refused(number, now) {
                     out.events.push_back(RelayEvent::ChannelGone { relay, server, number, peer });
+                }
+                // What coturn says when it has no allocation of ours.
+                if code == 400 {
+                    self.check(now, out);
                 }
             }
         }
