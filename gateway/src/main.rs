@@ -2,6 +2,7 @@
 
 mod bpf;
 mod cli;
+mod clock;
 mod data;
 mod health;
 mod identity;

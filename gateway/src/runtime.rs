@@ -6,10 +6,10 @@
 use std::{
     future::pending,
     sync::{Arc, atomic::Ordering},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use gateway_common::Counters;
 use gateway_proto::{
     WorkerEvent,
@@ -25,6 +25,7 @@ use tokio::{
 };
 
 use crate::{
+    clock,
     data::{
         DataPlane,
         interface::{Families, Interface},
@@ -45,6 +46,7 @@ enum Wake {
     Workers(Result<Vec<WorkerEvent>>),
     Interface(Option<Result<Families>>),
     Deadline,
+    ClockSet,
     Report,
 }
 
@@ -56,6 +58,7 @@ pub struct Runtime {
     portal_events: mpsc::Receiver<portal::Event>,
     interface: InterfaceTask,
     readiness: Arc<Readiness>,
+    clock_steps: clock::Steps,
     interrupt: Signal,
     terminate: Signal,
     report: Interval,
@@ -66,21 +69,22 @@ impl Runtime {
     /// Connects the parts and starts to dial the portal.
     ///
     /// # Errors
-    /// When signal handlers or the netlink socket cannot be had, or the clock is before 1970.
+    /// When signal handlers, a timer or the netlink socket cannot be had, or the clock is before 1970.
     pub fn new(
         data: DataPlane,
         interface: Interface,
         portal: portal::Client,
         readiness: Arc<Readiness>,
     ) -> Result<Self> {
+        let unix_now = clock::unix_now();
+        ensure!(!unix_now.is_zero(), "The system clock is before 1970; set it");
         let control = Control::new(control::Config {
             seed: rand::random(),
-            unix_now: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .context("The system clock is before 1970; set it")?,
+            unix_now,
             now: Instant::now(),
             workers: control::Workers::ONE,
         });
+        let clock_steps = clock::Steps::watch()?;
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;
         let (portal, portal_events) = portal.start();
@@ -95,6 +99,7 @@ impl Runtime {
             portal_events,
             interface,
             readiness,
+            clock_steps,
             interrupt,
             terminate,
             report,
@@ -131,7 +136,12 @@ impl Runtime {
                         break Err(e);
                     }
                 }
-                Wake::Deadline => self.control.handle_timeout(Instant::now()),
+                Wake::Deadline => {
+                    let now = Instant::now();
+                    self.control.handle_wall_clock(clock::unix_now(), now);
+                    self.control.handle_timeout(now);
+                }
+                Wake::ClockSet => self.control.handle_wall_clock(clock::unix_now(), Instant::now()),
                 Wake::Report => self.report_counters(),
             }
         };
@@ -150,6 +160,7 @@ impl Runtime {
             result = self.interface.results.recv() => Wake::Interface(result),
             events = self.data.recv() => Wake::Workers(events),
             () = sleep_until(deadline) => Wake::Deadline,
+            () = self.clock_steps.next() => Wake::ClockSet,
             _ = self.report.tick() => Wake::Report,
         }
     }
