@@ -9,6 +9,8 @@ use crate::{
     toolchain::{self, Toolchain},
 };
 
+const CURE: &str = "`cargo xtask setup` installs it";
+
 /// Where the object is put; `gateway/build.rs` looks here.
 pub fn object() -> PathBuf {
     run::root().join("target/bpf/firezone-gateway.o")
@@ -19,34 +21,23 @@ pub fn object() -> PathBuf {
 /// # Errors
 /// If the toolchain is not there, the code does not compile, or the object cannot be written.
 pub fn build(log: bool) -> Result<PathBuf> {
-    const CURE: &str = "`cargo xtask setup` installs it";
-    let toolchain = Toolchain::find()
-        .with_context(|| format!("no Rust compiler with `core` for {} found; {CURE}", toolchain::TARGET))?;
+    let toolchain = compiler()?;
     let linker = toolchain::bpf_linker().with_context(|| format!("bpf-linker is not installed; {CURE}"))?;
     println!("build-ebpf: with {toolchain} and {}", linker.display());
 
     let object = object();
     let folder = object.parent().expect("the object is in a folder").join("cargo");
-    let mut cargo = toolchain.cargo_build();
+    let mut cargo = toolchain.cargo_bpf("build");
     cargo.args(["--release", "--locked", "--manifest-path", "gateway-ebpf/Cargo.toml"]);
     cargo.arg("--target-dir").arg(&folder);
     if log {
         cargo.args(["--features", "log"]);
     }
-    let architecture = format!("bpf_target_arch=\"{}\"", std::env::consts::ARCH);
     let linker = format!("-Clinker={}", linker.display());
-    let flags = [
-        linker.as_str(),
-        // Maps are described by BTF, and the verifier's messages show source lines.
-        "-Clink-arg=--btf",
-        "-Cdebuginfo=2",
-        "--cfg",
-        &architecture,
-        // Without ALU32 (v3) the code is 13 % slower.
-        "-Ctarget-cpu=v3",
-        // Else unaligned reads of headers become byte loads.
-        "-Ctarget-feature=+allows-misaligned-mem-access",
-    ];
+    // Maps are described by BTF, and the verifier's messages show source lines.
+    let mut flags = vec![linker.as_str(), "-Clink-arg=--btf", "-Cdebuginfo=2"];
+    let architecture = flags_for(std::env::consts::ARCH);
+    flags.extend(architecture.iter().map(String::as_str));
     run::run(cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")))?;
 
     let built = folder.join(toolchain::TARGET).join("release/firezone-gateway");
@@ -57,4 +48,32 @@ pub fn build(log: bool) -> Result<PathBuf> {
     }
     println!("build-ebpf: {} ({} bytes)", object.display(), bytes.len());
     Ok(object)
+}
+
+/// Checks the kernel plane for the machine that `architecture` names, as rustc does (`aarch64`); nothing is linked.
+///
+/// # Errors
+/// If the toolchain is not there or the code does not compile.
+pub fn check(architecture: &str) -> Result<()> {
+    let mut cargo = compiler()?.cargo_bpf("check");
+    cargo.args(["--release", "--locked", "--manifest-path", "gateway-ebpf/Cargo.toml"]);
+    cargo.arg("--target-dir").arg(run::root().join("target/bpf/cargo"));
+    run::run(cargo.env("CARGO_ENCODED_RUSTFLAGS", flags_for(architecture).join("\x1f")))
+}
+
+fn compiler() -> Result<Toolchain> {
+    Toolchain::find()
+        .with_context(|| format!("no Rust compiler with `core` for {} found; {CURE}", toolchain::TARGET))
+}
+
+fn flags_for(architecture: &str) -> [String; 4] {
+    [
+        "--cfg".to_owned(),
+        // Which machine's registers the bindings describe.
+        format!("bpf_target_arch=\"{architecture}\""),
+        // Without ALU32 (v3) the code is 13 % slower.
+        "-Ctarget-cpu=v3".to_owned(),
+        // Else unaligned reads of headers become byte loads.
+        "-Ctarget-feature=+allows-misaligned-mem-access".to_owned(),
+    ]
 }

@@ -5,6 +5,9 @@
 
 mod build_ebpf;
 mod demo;
+mod elf;
+mod portable;
+mod release;
 mod run;
 mod setup;
 mod tally;
@@ -38,6 +41,10 @@ enum Command {
         #[arg(long)]
         log: bool,
     },
+    /// Build the daemon as one static file with the kernel plane in it, and say where it is.
+    Release(release::Arguments),
+    /// Check that everything compiles for aarch64.
+    CheckAarch64,
     /// Run everything that CI runs.
     Test(test::Arguments),
     /// Build everything in release and show a client reaching a LAN through the gateway.
@@ -55,6 +62,8 @@ fn main() -> ExitCode {
         Command::Setup { check: true } => Ok(setup::check()),
         Command::Setup { check: false } => setup::install().map(|()| ExitCode::SUCCESS),
         Command::BuildEbpf { log } => build_ebpf::build(log).map(|_| ExitCode::SUCCESS),
+        Command::Release(arguments) => release::build(arguments).map(|_| ExitCode::SUCCESS),
+        Command::CheckAarch64 => portable::check_aarch64().map(|()| ExitCode::SUCCESS),
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo { hold } => demo::run(hold),
         Command::Tidy => tidy::run(),

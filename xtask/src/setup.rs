@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    run,
+    portable, run,
     toolchain::{self, LLVM_PREFIX, Toolchain},
 };
 
@@ -125,6 +125,7 @@ fn missing() -> Vec<Missing> {
     if !linker {
         missing.extend(toolchain::LINKER_PACKAGES.iter().map(|n| Missing::Package(n, "building bpf-linker")));
     }
+    missing.extend(portable::missing_packages().into_iter().map(|(name, why)| Missing::Package(name, why)));
     for (package, program, why) in PROGRAMS {
         if !has(program) {
             missing.push(Missing::Package(package, why));

@@ -1,6 +1,8 @@
-//! Which compiler builds the kernel plane: it needs `core` for `bpfel-unknown-none`, which rustup's stable lacks.
+//! Compilers that can do more than rustup's stable: the kernel plane needs `core` for `bpfel-unknown-none`, other
+//! machines need `std` for theirs.
 //!
-//! Debian ships it beside its own rustc; rustup's nightly builds it from source. Either links with `bpf-linker`.
+//! Debian ships the former beside its own rustc, and the source of the latter; rustup's nightly builds both from source.
+//! The kernel plane is linked with `bpf-linker`.
 
 use std::{
     fmt,
@@ -14,6 +16,8 @@ use crate::run;
 pub const TARGET: &str = "bpfel-unknown-none";
 /// What Debian 12 lacks to compile for [`TARGET`].
 pub const COMPILER_PACKAGES: &[&str] = &["rustc-web", "libstd-rust-web-dev-bpf"];
+/// What Debian 12 lacks to compile for other machines; in one step with the compiler, because both must have one version.
+pub const SOURCE_PACKAGES: &[&str] = &["rustc-web", "rust-web-src"];
 /// What Debian 12 lacks to build `bpf-linker`.
 pub const LINKER_PACKAGES: &[&str] =
     &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev", "libxml2-dev"];
@@ -22,15 +26,15 @@ pub const LLVM_PREFIX: &str = "/usr/lib/llvm-22";
 
 const DISTRO_RUSTC: &str = "/usr/bin/rustc";
 
-/// A compiler that can build for [`TARGET`].
+/// A compiler that takes unstable flags.
 #[derive(Debug)]
 pub enum Toolchain {
-    /// The distribution's rustc, which comes with `core` built.
+    /// The distribution's rustc.
     Distro {
         /// What `rustc --version` says.
         version: String,
     },
-    /// rustup's nightly with `rust-src`, which builds `core` itself.
+    /// rustup's nightly with `rust-src`.
     Nightly {
         /// What `rustc --version` says.
         version: String,
@@ -38,18 +42,54 @@ pub enum Toolchain {
 }
 
 impl Toolchain {
-    /// The first one that this machine has.
+    /// The first one that this machine has and that can build for [`TARGET`].
     pub fn find() -> Option<Self> {
-        distro().or_else(nightly)
+        distro().filter(|_| distro_has_core()).or_else(nightly)
     }
 
-    /// A `cargo build` for [`TARGET`] by this compiler; arguments may be added.
-    pub fn cargo_build(&self) -> Command {
-        let mut command = match self {
+    /// The first one that this machine has and that can build `std` itself.
+    pub fn with_source() -> Option<Self> {
+        distro().filter(|distro| distro.source().is_some()).or_else(nightly)
+    }
+
+    /// A `cargo COMMAND` for [`TARGET`] by this compiler; arguments may be added.
+    pub fn cargo_bpf(&self, subcommand: &str) -> Command {
+        let mut command = self.cargo(subcommand);
+        if matches!(self, Self::Nightly { .. }) {
+            command.arg("-Zbuild-std=core");
+        }
+        command.args(["--target", TARGET]);
+        command
+    }
+
+    /// A `cargo COMMAND` for any target, with `std` built from source; arguments may be added.
+    pub fn cargo_std(&self, subcommand: &str, target: &str) -> Command {
+        let mut command = self.cargo(subcommand);
+        command.args(["-Zbuild-std=std,panic_unwind", "--target", target]);
+        command
+    }
+
+    /// The folder of Rust's own source, if it is there and is this compiler's.
+    pub fn source(&self) -> Option<PathBuf> {
+        let (sysroot, version) = match self {
+            Self::Distro { version } => {
+                (run::output(run::command(DISTRO_RUSTC).args(["--print", "sysroot"]))?, version)
+            }
+            Self::Nightly { version } => (nightly_rustc(&["--print", "sysroot"])?, version),
+        };
+        let source = Path::new(&sysroot).join("lib/rustlib/src/rust");
+        // Debian's package of the source does not depend on the compiler of the same version; rustup's has no such file.
+        let same = std::fs::read_to_string(source.join("version"))
+            .map_or(true, |of| version.split_whitespace().nth(1) == of.split_whitespace().next());
+        (same && source.join("library/std").is_dir()).then_some(source)
+    }
+
+    fn cargo(&self, subcommand: &str) -> Command {
+        match self {
             Self::Distro { .. } => {
                 let mut command = run::cargo();
-                // RUSTC_BOOTSTRAP: this rustc is a stable one, and aya's attributes are not.
-                command.env("RUSTC", DISTRO_RUSTC).env("RUSTC_BOOTSTRAP", "1").arg("build");
+                // RUSTC_BOOTSTRAP: this rustc is a stable one; aya's attributes and -Z flags are not.
+                command.env("RUSTC", DISTRO_RUSTC).env("RUSTC_BOOTSTRAP", "1").arg(subcommand);
                 command
             }
             Self::Nightly { .. } => {
@@ -58,12 +98,10 @@ impl Toolchain {
                 for inherited in ["RUSTC", "RUSTDOC", "CARGO", "RUSTUP_TOOLCHAIN"] {
                     command.env_remove(inherited);
                 }
-                command.args(["run", "nightly", "cargo", "build", "-Zbuild-std=core"]);
+                command.args(["run", "nightly", "cargo", subcommand]);
                 command
             }
-        };
-        command.arg("--target").arg(TARGET);
-        command
+        }
     }
 }
 
@@ -82,24 +120,27 @@ pub fn bpf_linker() -> Option<PathBuf> {
 }
 
 fn distro() -> Option<Toolchain> {
-    let rustc = || run::command(DISTRO_RUSTC);
-    let libraries = run::output(rustc().args(["--print", "target-libdir", "--target", TARGET]))?;
-    let has_core = std::fs::read_dir(libraries)
-        .ok()?
-        .flatten()
-        .any(|file| file.file_name().to_string_lossy().starts_with("libcore-"));
-    let version = run::output(rustc().arg("--version"))?;
-    has_core.then_some(Toolchain::Distro { version })
+    let version = run::output(run::command(DISTRO_RUSTC).arg("--version"))?;
+    Some(Toolchain::Distro { version })
+}
+
+fn distro_has_core() -> bool {
+    run::output(run::command(DISTRO_RUSTC).args(["--print", "target-libdir", "--target", TARGET]))
+        .is_some_and(|folder| has_library(&folder, "libcore-"))
+}
+
+/// Does the folder hold a compiled library whose name begins so?
+pub fn has_library(folder: &str, prefix: &str) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut files| {
+        files.any(|file| file.is_ok_and(|file| file.file_name().to_string_lossy().starts_with(prefix)))
+    })
 }
 
 fn nightly() -> Option<Toolchain> {
-    let rustc = |arguments: &[&str]| {
-        run::output(run::command("rustup").args(["run", "nightly", "rustc"]).args(arguments))
-    };
-    let sysroot = rustc(&["--print", "sysroot"])?;
-    let version = rustc(&["--version"])?;
-    Path::new(&sysroot)
-        .join("lib/rustlib/src/rust/library/core")
-        .is_dir()
-        .then_some(Toolchain::Nightly { version })
+    let nightly = Toolchain::Nightly { version: nightly_rustc(&["--version"])? };
+    nightly.source().is_some().then_some(nightly)
+}
+
+fn nightly_rustc(arguments: &[&str]) -> Option<String> {
+    run::output(run::command("rustup").args(["run", "nightly", "rustc"]).args(arguments))
 }
