@@ -11,7 +11,9 @@ use std::{
 use anyhow::Result;
 
 use crate::{
-    build_ebpf, run, setup,
+    build_ebpf,
+    portable::{self, Compiler},
+    release, run, setup,
     tally::{self, Tally},
     tidy,
 };
@@ -54,6 +56,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         session.step("licences, bans and sources of dependencies", |_| deny());
         session.step("advisories about dependencies", |_| advisories());
         session.step("tidy", |_| Ok(Outcome::Ran(tidy::check())));
+        session.step("everything compiles for aarch64", |_| aarch64());
     } else {
         println!("\nThe checks of the source are left out, because a filter was given.");
     }
@@ -62,6 +65,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     session.step("BPF object in the kernel", |session| session.bpf_tests(object));
     session.step("network scenarios", |session| session.scenarios(ready));
     session.step("demo", |session| session.demo(ready));
+    if filter.is_none() {
+        session.step("static build, and a client that reaches a LAN through it", |session| {
+            session.static_build(ready, object)
+        });
+    }
     Ok(session.close())
 }
 
@@ -81,7 +89,7 @@ impl<'a> Session<'a> {
 
     /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
     fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
-        const STEPS: [usize; 2] = [13, 7];
+        const STEPS: [usize; 2] = [15, 7];
         self.steps += 1;
         let of = STEPS[usize::from(self.arguments.filter.is_some())];
         println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
@@ -187,6 +195,28 @@ impl<'a> Session<'a> {
         succeeded(passes(demo.arg("demo")))
     }
 
+    /// Only what depends on the C library and the linker; the same code has passed the steps before.
+    fn static_build(&self, ready: bool, object: bool) -> Result<Outcome> {
+        const SCENARIO: &str = "direct: ping";
+        if let Some(reason) = self.no_network(ready) {
+            return Ok(Outcome::Skipped(reason.into()));
+        }
+        if !object {
+            return Ok(Outcome::Skipped("the BPF object was not built".into()));
+        }
+        if let Err(missing) = Compiler::find(&portable::musl()) {
+            return Ok(Outcome::Skipped(format!("{missing:#}")));
+        }
+        let gateway = release::build(release::QUICK)?;
+        build_release()?;
+        let mut scenarios = run::command(run::target().join("release/gateway-tests"));
+        scenarios.args(["scenarios", "--filter", SCENARIO, "--gateway"]).arg(gateway);
+        let mut tally = tally::run(&mut scenarios)?;
+        // The build and its checks.
+        tally.passed += 1;
+        Ok(Outcome::Ran(tally))
+    }
+
     /// Why nothing runs that needs the test network.
     fn no_network(&self, ready: bool) -> Option<&'static str> {
         if self.arguments.quick {
@@ -204,6 +234,13 @@ fn formatting() -> Result<Outcome> {
     let ours = passes(run::cargo().args(["fmt", "--all", "--check"]));
     let ebpf = passes(run::cargo().args(["fmt", "--manifest-path", "gateway-ebpf/Cargo.toml", "--check"]));
     ours.and_then(|()| succeeded(ebpf))
+}
+
+fn aarch64() -> Result<Outcome> {
+    match Compiler::find(portable::AARCH64) {
+        Ok(_) => succeeded(portable::check_aarch64()),
+        Err(missing) => Ok(Outcome::Skipped(format!("{missing:#}"))),
+    }
 }
 
 fn clippy() -> Result<Outcome> {
