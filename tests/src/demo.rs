@@ -136,6 +136,7 @@ fn show(arguments: &Arguments, directory: &std::path::Path, step: &dyn Fn(&str))
         logs: Logs::new(directory.to_path_buf())?,
         gateway: scenario::gateway_path(arguments.gateway.as_deref()),
         big: BigFile::make(directory)?,
+        variation: scenario::Variation::default(),
     };
     step("starting coturn, nginx, iperf3, dnsmasq, the portal, the gateway and the client");
     let mut lab = Lab::start(&cx, &Options::default())?;

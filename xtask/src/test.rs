@@ -31,6 +31,27 @@ pub struct Arguments {
 /// Tests of the compiled BPF object; the name is how they start. They run in a step of their own.
 const BPF_TESTS: &str = "bpf::tests::";
 
+/// How many workers the gateway has in the runs of all scenarios: none to share with, one for each of two cores, and
+/// more than there are cores.
+const WORKERS: [(&str, &str); 3] = [
+    ("2", "network scenarios, two workers"),
+    ("1", "network scenarios, one worker"),
+    ("4", "network scenarios, four workers"),
+];
+
+/// Words of FIREZONE_DISABLE, one or several for each run of the core scenarios. Without both kinds of steering there is
+/// nothing left that needs CAP_BPF, so that is what a gateway with CAP_NET_ADMIN alone does.
+const DISABLED: [&str; 8] = [
+    "tun-offload",
+    "tun-uso",
+    "udp-gro",
+    "udp-gso",
+    "sendmmsg",
+    "reuseport-steering",
+    "tun-steering",
+    "reuseport-steering,tun-steering",
+];
+
 /// What a step came to.
 enum Outcome {
     /// It ran; the counts of what it ran.
@@ -63,7 +84,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     session.step("unit tests", |session| session.unit_tests());
     session.step("core model tests, with a fake clock", |session| session.model_tests());
     session.step("BPF object in the kernel", |session| session.bpf_tests(object));
-    session.step("network scenarios", |session| session.scenarios(ready));
+    for (workers, name) in WORKERS {
+        session.step(name, |session| session.scenarios(ready, &["--workers", workers]));
+    }
+    if filter.is_none() {
+        session.step("core scenarios, each capability of the kernel off", |session| {
+            session.without_each_capability(ready)
+        });
+    }
     session.step("demo", |session| session.demo(ready));
     if filter.is_none() {
         session.step("static build, and a client that reaches a LAN through it", |session| {
@@ -89,7 +117,7 @@ impl<'a> Session<'a> {
 
     /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
     fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
-        const STEPS: [usize; 2] = [15, 7];
+        const STEPS: [usize; 2] = [18, 9];
         self.steps += 1;
         let of = STEPS[usize::from(self.arguments.filter.is_some())];
         println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
@@ -166,17 +194,33 @@ impl<'a> Session<'a> {
         Ok(Outcome::Ran(tally::run(&mut cargo)?))
     }
 
-    fn scenarios(&self, ready: bool) -> Result<Outcome> {
+    fn scenarios(&self, ready: bool, variation: &[&str]) -> Result<Outcome> {
         if let Some(reason) = self.no_network(ready) {
             return Ok(Outcome::Skipped(reason.into()));
         }
         build_release()?;
         let mut scenarios = run::command(run::target().join("release/gateway-tests"));
-        scenarios.arg("scenarios");
+        scenarios.arg("scenarios").args(variation);
         if let Some(filter) = &self.arguments.filter {
             scenarios.arg("--filter").arg(filter);
         }
         Ok(Outcome::Ran(tally::run(&mut scenarios)?))
+    }
+
+    /// What every kernel has that lacks one of them, or an operator who turned it off, lives with.
+    fn without_each_capability(&self, ready: bool) -> Result<Outcome> {
+        let mut sum = Tally::default();
+        for words in DISABLED {
+            println!("        without {words}:");
+            match self.scenarios(ready, &["--core", "--workers", "2", "--disable", words])? {
+                Outcome::Ran(tally) => {
+                    sum.add(&tally);
+                    sum.reasons.extend(tally.reasons);
+                }
+                skipped @ Outcome::Skipped(_) => return Ok(skipped),
+            }
+        }
+        Ok(Outcome::Ran(sum))
     }
 
     /// The README's first command, without what the steps before have done; its table is part of the output.

@@ -324,6 +324,7 @@ pub fn launch(
     let usual = environment.iter().filter(|(key, _)| !launch.without.contains(key));
     let mut environment: Vec<(String, String)> =
         usual.map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+    environment.extend(cx.variation.environment());
     environment.extend(launch.environment.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     let command = launch.wrapper.iter().cloned().chain([cx.gateway.display().to_string()]).collect();
     Process::spawn(

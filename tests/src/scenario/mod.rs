@@ -43,6 +43,29 @@ pub struct Scenario {
     pub limit: Duration,
     /// The scenario itself.
     pub run: fn(&mut Context) -> Result<()>,
+    /// It is one of the few that together exercise the whole data plane.
+    pub core: bool,
+}
+
+/// How every daemon is started, besides what its scenario says.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Variation {
+    /// Workers of the gateway; by default as many as it chooses.
+    #[arg(long)]
+    pub workers: Option<usize>,
+    /// What of the kernel the gateway does without: words of FIREZONE_DISABLE, separated by commas.
+    #[arg(long, default_value = "")]
+    pub disable: String,
+}
+
+impl Variation {
+    /// The variables that say so.
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let workers = self.workers.map(|workers| ("FIREZONE_WORKERS".to_owned(), workers.to_string()));
+        let disable =
+            (!self.disable.is_empty()).then(|| ("FIREZONE_DISABLE".to_owned(), self.disable.clone()));
+        workers.into_iter().chain(disable).collect()
+    }
 }
 
 /// What a scenario gets.
@@ -55,6 +78,8 @@ pub struct Context {
     pub gateway: PathBuf,
     /// What transfers carry.
     pub big: BigFile,
+    /// How the daemon is started.
+    pub variation: Variation,
 }
 
 /// `gateway-tests scenarios`.
@@ -72,6 +97,12 @@ pub struct Arguments {
     /// The daemon; by default `firezone-gateway` beside this program.
     #[arg(long)]
     pub gateway: Option<PathBuf>,
+    /// Only the core list: the few scenarios that together exercise the whole data plane.
+    #[arg(long)]
+    pub core: bool,
+    /// How the daemon is started.
+    #[command(flatten)]
+    pub variation: Variation,
 }
 
 /// The reason why a scenario cannot run on this machine.
@@ -94,6 +125,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let selected: Vec<&Scenario> = table::SCENARIOS
         .iter()
         .filter(|scenario| arguments.filter.as_deref().is_none_or(|filter| scenario.name.contains(filter)))
+        .filter(|scenario| scenario.core || !arguments.core)
         .collect();
     if arguments.list {
         for scenario in &selected {
@@ -116,7 +148,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     for (index, scenario) in selected.iter().enumerate() {
         let logs = directory.join(format!("{index:02}"));
         let started = Instant::now();
-        let mut result = run_one(scenario, &logs, &gateway, &big);
+        let mut result = run_one(scenario, &logs, &gateway, &big, &arguments.variation);
         janitor::park_if_interrupted();
         let left = leftovers(&janitor);
         if let (Ok(()), Some(left)) = (&result, left) {
@@ -173,14 +205,16 @@ fn run_one(
     logs: &std::path::Path,
     gateway: &std::path::Path,
     big: &BigFile,
+    variation: &Variation,
 ) -> Result<()> {
     let (sender, receiver) = mpsc::channel();
     let (plan, run) = (scenario.plan, scenario.run);
     let (logs, gateway, big) = (logs.to_path_buf(), gateway.to_path_buf(), big.clone());
+    let variation = variation.clone();
     let thread = std::thread::Builder::new().name("scenario".to_owned()).spawn(move || {
         let result = (|| {
-            let mut context =
-                Context { topology: Topology::build(plan())?, logs: Logs::new(logs)?, gateway, big };
+            let topology = Topology::build(plan())?;
+            let mut context = Context { topology, logs: Logs::new(logs)?, gateway, big, variation };
             run(&mut context)
         })();
         let _nobody_waits_after_the_limit = sender.send(result);

@@ -11,7 +11,14 @@ const fn scenario(
     limit_seconds: u64,
     run: fn(&mut super::Context) -> anyhow::Result<()>,
 ) -> Scenario {
-    Scenario { name, plan, limit: Duration::from_secs(limit_seconds), run }
+    Scenario { name, plan, limit: Duration::from_secs(limit_seconds), run, core: false }
+}
+
+impl Scenario {
+    const fn core(mut self) -> Self {
+        self.core = true;
+        self
+    }
 }
 
 /// In the order in which they run: the network itself first, then what stands on it.
@@ -49,12 +56,12 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a portal by name, and its name server moves", direct::plan, 40, start::portal_by_name),
     scenario("a gateway without IPv6", direct::plan, 30, start::without_ipv6),
     scenario("a gateway without IPv4", dual_stack::plan, 30, start::without_ipv4),
-    scenario("direct: ping and HTTP over IPv4 and IPv6", direct::plan, 20, paths::direct),
-    scenario("relayed: ping and HTTP over IPv4 and IPv6", relay_only::plan, 20, paths::relayed),
+    scenario("direct: ping and HTTP over IPv4 and IPv6", direct::plan, 20, paths::direct).core(),
+    scenario("relayed: ping and HTTP over IPv4 and IPv6", relay_only::plan, 20, paths::relayed).core(),
     scenario("dual stack, direct: ping and HTTP", dual_stack::plan, 20, paths::direct),
-    scenario("dual stack, relayed: ping and HTTP", dual_stack::relay_only, 20, paths::relayed),
+    scenario("dual stack, relayed: ping and HTTP", dual_stack::relay_only, 20, paths::relayed).core(),
     scenario("port-preserving NAT on both sides: direct", nat::plan, 20, paths::direct),
-    scenario("symmetric NAT on both sides: relayed", symmetric_nat::plan, 20, paths::relayed),
+    scenario("symmetric NAT on both sides: relayed", symmetric_nat::plan, 20, paths::relayed).core(),
     scenario("two relays: ping and HTTP", two_relays::plan, 20, paths::relayed),
     scenario("two relays: the one in use dies", two_relays::plan, 60, paths::relay_dies),
     scenario("the relay is started again and knows nobody", relay_only::plan, 60, relays::restarted),
@@ -70,28 +77,31 @@ pub static SCENARIOS: &[Scenario] = &[
     ),
     scenario("the direct way closes: the relay takes over", direct::plan, 90, paths::direct_way_closes),
     scenario("the client's network changes", direct::plan, 30, paths::client_roams),
-    scenario("the client's network changes mid-transfer", direct::plan, 60, relays::roams_mid_transfer),
+    scenario("the client's network changes mid-transfer", direct::plan, 60, relays::roams_mid_transfer)
+        .core(),
     scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
     scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 60, paths::lossy),
     scenario("a fifth of all packets is lost: TCP", links::fifth_lost_plan, 120, links::fifth_lost),
     scenario("50 ms: throughput and order", links::far_plan, 60, links::far),
-    scenario("refused ports are refused at once", direct::plan, 30, links::refusals),
-    scenario("congestion marks cross the tunnel", direct::plan, 60, links::congestion_marks),
-    scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes),
+    scenario("refused ports are refused at once", direct::plan, 30, links::refusals).core(),
+    scenario("congestion marks cross the tunnel", direct::plan, 60, links::congestion_marks).core(),
+    scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes)
+        .core(),
     scenario(
         "relayed: TCP, 100 MB each way, same checksum",
         relay_only::plan,
         60,
         transfers::hundred_megabytes,
-    ),
-    scenario("direct: UDP and DNS", direct::plan, 30, transfers::udp),
-    scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp),
+    )
+    .core(),
+    scenario("direct: UDP and DNS", direct::plan, 30, transfers::udp).core(),
+    scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp).core(),
     scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
     scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent),
     scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop),
     scenario("portal refuses: busy, then the token", direct::plan, 60, trouble::portal_refuses),
-    scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one),
+    scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one).core(),
     scenario("the last resource revoked mid-transfer: goodbye", direct::plan, 30, access::revoke_last),
     scenario("an authorization expires", direct::plan, 30, access::expiry),
     scenario("filters, and new ones", direct::plan, 30, access::filters),
@@ -113,10 +123,12 @@ pub static SCENARIOS: &[Scenario] = &[
         direct::plan,
         40,
         trouble::hostile_datagrams,
-    ),
+    )
+    .core(),
     scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance),
-    scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate),
-    scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart),
+    scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate)
+        .core(),
+    scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart).core(),
     scenario("a gateway is killed and started again, direct", direct::plan, 60, relays::gateway_killed),
     scenario("a gateway is killed and started again, relayed", relay_only::plan, 60, relays::gateway_killed),
     scenario("a hundred clients at once", crowd::plan, 120, crowd::all_at_once),
