@@ -125,7 +125,12 @@ fn missing() -> Vec<Missing> {
     if !linker {
         missing.extend(toolchain::LINKER_PACKAGES.iter().map(|n| Missing::Package(n, "building bpf-linker")));
     }
-    missing.extend(portable::missing_packages().into_iter().map(|(name, why)| Missing::Package(name, why)));
+    for (package, why) in portable::missing_packages() {
+        // The compiler may be in the list already.
+        if !missing.iter().any(|one| matches!(one, Missing::Package(name, _) if *name == package)) {
+            missing.push(Missing::Package(package, why));
+        }
+    }
     for (package, program, why) in PROGRAMS {
         if !has(program) {
             missing.push(Missing::Package(package, why));
