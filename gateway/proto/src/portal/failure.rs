@@ -63,6 +63,9 @@ pub enum Failure {
     /// Too many heartbeats without reply.
     #[error("the portal stopped answering heartbeats")]
     HeartbeatsLost,
+    /// A portal without `no_relays` tells relays after a join only.
+    #[error("no relay is left, and this portal names relays to gateways that join only")]
+    NoRelays,
     /// The peer closed the WebSocket or the stream ended.
     #[error("the portal closed the connection{0}")]
     Closed(String),
@@ -91,6 +94,7 @@ impl Failure {
             | Self::ChannelClosed
             | Self::ChannelUnstable
             | Self::HeartbeatsLost
+            | Self::NoRelays
             | Self::Closed(_)
             | Self::Broken(_) => false,
         }
@@ -287,6 +291,7 @@ mod tests {
             (Failure::Mark("EPERM".into()), true),
             (Failure::Certificate("UnknownIssuer".into()), false),
             (Failure::JoinTimeout, false),
+            (Failure::NoRelays, false),
             (Failure::ChannelClosed, false),
         ] {
             assert_eq!(failure.is_fatal(), fatal, "{failure}");

@@ -7,6 +7,7 @@
 //! ```text
 //!  new --> Joining --ok {}--> Joined --"unmatched topic"--> Joining (same socket)
 //!             |  5 s: JoinTimeout, error: JoinRefused
+//!  v1: `no_relays` refused, no relays named for 5 s, socket 30 s old --> Ended: the next join brings an `init`
 //!  any state: 4 heartbeats unanswered, phx_close, disconnect --> Ended (once, last event)
 //! ```
 
@@ -22,7 +23,7 @@ use super::{
     egress,
     endpoint::Generation,
     failure::Failure,
-    messages::Egress,
+    messages::{Egress, Ingress},
     parse::{Parsed, parse_ingress},
     phoenix::{self, Frame, Status, TOPIC_GATEWAY, TOPIC_PHOENIX},
 };
@@ -35,6 +36,9 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_OUTSTANDING: usize = 3;
 /// A channel that is lost this often on one socket is not worth keeping the socket for.
 const MAX_REJOINS: u32 = 5;
+/// Section 12, "Out of relays": a Nov-2025 portal does not know `no_relays`. It names new relays by itself as they come
+/// (section 8.7), so it gets this long, and no socket is given up for it more often than that.
+const RELAYS_TIMEOUT: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(30));
 /// How many sent messages are remembered, to send them again if they met a lost channel.
 const MAX_IN_FLIGHT: usize = 256;
 /// Far above what a gateway with thousands of clients queues while one join is open (5 s).
@@ -62,7 +66,10 @@ pub struct Session {
     generation: Generation,
     state: State,
     next_reference: u64,
+    opened: Instant,
     heartbeat_at: Instant,
+    /// The portal does not know what `no_relays` means: without relays until then we join anew.
+    relays_due: Option<Instant>,
     outstanding: VecDeque<u64>,
     /// Joins and heartbeats: sent in any state, before anything else.
     urgent: VecDeque<String>,
@@ -91,7 +98,9 @@ impl Session {
             generation,
             state: State::Ended,
             next_reference: 0,
+            opened: now,
             heartbeat_at: now + HEARTBEAT_INTERVAL,
+            relays_due: None,
             outstanding: VecDeque::new(),
             urgent: VecDeque::new(),
             queue: VecDeque::new(),
@@ -141,6 +150,9 @@ impl Session {
             State::Ended => return,
             State::Joining { deadline, .. } if now >= deadline => return self.end(Failure::JoinTimeout),
             State::Joining { .. } | State::Joined => {}
+        }
+        if self.relays_due.is_some_and(|due| due <= now) {
+            return self.end(Failure::NoRelays);
         }
         if now < self.heartbeat_at {
             return;
@@ -192,7 +204,9 @@ impl Session {
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.state {
             State::Joining { deadline, .. } => Some(deadline.min(self.heartbeat_at)),
-            State::Joined => Some(self.heartbeat_at),
+            State::Joined => {
+                Some(self.relays_due.map_or(self.heartbeat_at, |due| due.min(self.heartbeat_at)))
+            }
             State::Ended => None,
         }
     }
@@ -220,6 +234,10 @@ impl Session {
         let Status::Error(reason) = status else { return };
         if reason != "unmatched topic" {
             tracing::debug!(reference, reason, "The portal did not accept a message");
+            if self.generation == Generation::V1 && sent == Some(Egress::NoRelays) {
+                let (patience, life) = RELAYS_TIMEOUT;
+                self.relays_due.get_or_insert((now + patience).max(self.opened + life));
+            }
             return;
         }
         // The channel is gone, the socket is not. What met the lost channel goes out again after the join, in the
@@ -255,6 +273,9 @@ impl Session {
             },
             _ => {
                 let parsed = parse_ingress(&event, payload);
+                if brings_relays(&parsed) {
+                    self.relays_due = None;
+                }
                 self.events.push_back(SessionEvent::Push { event, parsed });
             }
         }
@@ -287,10 +308,61 @@ impl Session {
     }
 }
 
+fn brings_relays(parsed: &Parsed) -> bool {
+    match parsed {
+        Parsed::Message { ingress: Ingress::Init(init), .. } => !init.relays.is_empty(),
+        Parsed::Message { ingress: Ingress::RelaysPresence { connected, .. }, .. } => !connected.is_empty(),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ids::ClientId;
+
+    #[test]
+    fn a_portal_that_does_not_know_no_relays_is_joined_anew_unless_it_names_some() {
+        let presence = |relays: &str| {
+            format!(
+                r#"{{"event":"relays_presence","payload":{{"disconnected_ids":[],"connected":[{relays}]}},"ref":null,"topic":"gateway"}}"#
+            )
+        };
+        let relay = r#"{"id":"c2a4d7c0-0b0e-4c9e-9a51-5a2f4b7d9c11","type":"turn","addr":"203.0.113.2:3478","username":"2145916800:x","password":"p","expires_at":2145916800}"#;
+        // Endpoint, the reply to `no_relays`, when after the join, what the portal says then, when it ends.
+        let table = [
+            (Generation::V1, error(1, "unknown_message"), 1, None, Some(30)),
+            (Generation::V1, error(1, "unknown_message"), 100, None, Some(105)),
+            (Generation::V1, error(1, "unknown_message"), 1, Some(presence("")), Some(30)),
+            (Generation::V1, error(1, "unknown_message"), 1, Some(presence(relay)), None),
+            (Generation::V1, ok(1), 1, None, None),
+            (Generation::V2, error(1, "unknown_message"), 1, None, None),
+        ];
+        for (generation, reply, at, then, ends) in table {
+            let (_, now) = session();
+            let mut session = Session::new(generation, now);
+            sent(&mut session);
+            session.handle_text(&ok(0), now);
+            assert_eq!(session.poll_event(), Some(SessionEvent::Joined));
+            session.send(Egress::NoRelays);
+            assert_eq!(sent(&mut session), [("no_relays".to_owned(), 1)]);
+            session.handle_text(&reply, now + secs(at));
+            then.iter().for_each(|text| session.handle_text(text, now + secs(at)));
+            while session.poll_event().is_some() {}
+            let mut ended = None;
+            while let Some(due) = session.poll_timeout().filter(|due| *due < now + secs(200)) {
+                session.handle_timeout(due);
+                for (_, reference) in sent(&mut session) {
+                    session.handle_text(&ok(reference), due);
+                }
+                if let Some(event) = session.poll_event() {
+                    assert_eq!(event, SessionEvent::Ended(Failure::NoRelays));
+                    ended = Some((due - now).as_secs());
+                }
+            }
+            assert_eq!(ended, ends, "{generation} {at} {reply}");
+        }
+    }
 
     #[test]
     fn the_first_frame_is_the_join_and_nothing_else_leaves_before_its_reply() {
