@@ -17,8 +17,8 @@ use crate::{
         topology::{LAN_HOST, LAN_HOST_2},
     },
     standins::{
-        client::{Command, Event},
-        portal::Relay,
+        client::{self, Command, Event},
+        portal::{self, Relay},
     },
 };
 
@@ -134,6 +134,33 @@ pub(super) fn all_gone(cx: &mut Context) -> Result<()> {
     ping(client, LAN_HOST_2.0.into()).context("a resource granted after the relays came back")?;
     transfer.finish_part(cx, PART, 30 * SECOND)?;
     ensure!(lab.gateway.poll().is_none(), "the gateway lives");
+    lab.finish()
+}
+
+/// A relay is away for longer than the gateway waits, at a portal that knows no `no_relays` and saw nothing: the gateway
+/// joins anew, for the `init` that names the relay again. The direct connection lives on.
+pub(super) fn away_at_nov25(cx: &mut Context) -> Result<()> {
+    let (portal, client) = (portal::Generation::V1Only, client::Generation::Nov25);
+    let options = Options { portal, client, ..Options::default() };
+    let mut lab = Lab::start(cx, &options)?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let usable = |expected: bool, limit| {
+        let text = format!("\"relay_usable\":{expected}");
+        wait_for(&format!("/readyz to say {text}"), limit, || {
+            Ok(health(cx, "/readyz")?.1.contains(&text).then_some(()))
+        })
+    };
+    usable(true, 5 * SECOND)?;
+    let mark = lab.portal.mark();
+    lab.relays[0].process().signal(Signal::STOP)?;
+    // The keep-alive comes every 25 s, and its repetitions take 8 s.
+    usable(false, 40 * SECOND)?;
+    lab.relays[0].process().signal(Signal::CONT)?;
+    let found = Instant::now();
+    lab.portal.wait_since(mark, 35 * SECOND, |entry| entry.to_gateway("init"))?;
+    usable(true, 5 * SECOND)?;
+    println!("      a relay again {:.1} s after the last was given up", found.elapsed().as_secs_f64());
+    http_both(&cx.topology.clients[0].namespace)?;
     lab.finish()
 }
 

@@ -67,6 +67,7 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("the relay is started again and knows nobody", relay_only::plan, 60, relays::restarted),
     scenario("a relay is replaced while traffic flows", two_relays::plan, 60, relays::replaced),
     scenario("all relays go and come back, the direct path stays", direct::plan, 60, relays::all_gone),
+    scenario("a relay is away for a while, at a Nov-2025 portal", direct::plan, 100, relays::away_at_nov25),
     scenario("Nov-2025 client and portal: direct", direct::plan, 20, paths::nov25),
     scenario("Nov-2025 client at a portal of today: relayed", relay_only::plan, 20, paths::nov25_client),
     scenario(

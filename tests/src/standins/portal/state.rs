@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 
 use super::admit::{Login, Refusal};
-use super::config::{Config, Relay};
+use super::config::{Config, Generation, Relay};
 use super::derive;
 use super::log::{Direction, Entry, Role, Secret, Timing};
 use crate::standins::phoenix::Frame;
@@ -261,7 +261,8 @@ impl State {
                     self.push_to(Role::Client, client, event, payload);
                 }
             }
-            "no_relays" => {
+            // Since 1.5.2 (portal-protocol.md section 12).
+            "no_relays" if self.config.generation == Generation::Both => {
                 let payload = json!({ "disconnected_ids": [], "connected": self.relays_for(id) });
                 self.push(id, "relays_presence", payload);
             }

@@ -80,6 +80,8 @@ async fn v1_uses_the_old_names_and_v2_paths_do_not_exist() {
     let order = gateway.expect("authorize_flow").await;
     gateway.say("authorization_created", json!({"ref": order["ref"]})).await;
     assert_eq!(gateway.reply().await.payload["response"]["reason"], "unknown_message");
+    gateway.say("no_relays", json!({})).await;
+    assert_eq!(gateway.reply().await.payload["response"]["reason"], "unknown_message");
     gateway.say("flow_authorized", json!({"ref": order["ref"]})).await;
     let granted = client.expect("flow_created").await;
     assert_eq!(gateway.reply().await.payload["response"], json!({}));
