@@ -1,8 +1,8 @@
-//! `gateway-tests`: runs the scenarios and the demo; also the stand-ins and helpers that those start as processes.
+//! `gateway-tests`: runs the scenarios, the demo and the benchmark; also the stand-ins and helpers that those start as processes.
 
 use clap::{Parser, Subcommand};
 use gateway_tests::{
-    demo,
+    bench, demo,
     net::janitor,
     scenario,
     standins::{client, portal},
@@ -21,10 +21,15 @@ enum Command {
     Scenarios(scenario::Arguments),
     /// A client reaches a LAN through the gateway, directly and relayed; with a table of what that took.
     Demo(demo::Arguments),
+    /// Measure the gateway beside plain WireGuard servers; `cargo xtask bench` builds everything and starts this.
+    Bench(bench::Arguments),
     /// A portal for a daemon started by hand; prints tokens and every message.
     Portal(portal::Args),
     /// A client with its own TUN device; commands on standard input, events on standard output.
     Client(client::Args),
+    /// A WireGuard client with one fixed peer, for the benchmark's plain WireGuard servers.
+    #[command(hide = true)]
+    WireguardClient(client::PlainArgs),
     /// Remove what the run with this pid leaves, once standard input ends.
     #[command(hide = true)]
     Janitor {
@@ -39,6 +44,10 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
         Command::Demo(arguments) => demo::run_demo(&arguments),
         Command::Portal(arguments) => portal::main(arguments).map(|()| std::process::ExitCode::SUCCESS),
         Command::Client(arguments) => client::main(&arguments).map(|()| std::process::ExitCode::SUCCESS),
+        Command::WireguardClient(arguments) => {
+            client::plain_main(&arguments).map(|()| std::process::ExitCode::SUCCESS)
+        }
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Janitor { pid } => {
             janitor::watch(pid)?;
             Ok(std::process::ExitCode::SUCCESS)

@@ -3,6 +3,7 @@
 //! It depends on none of our crates, so that it builds on a machine that can build nothing else yet. Each subcommand is
 //! one file; what a command prints is for a person who watches it.
 
+mod bench;
 mod build_ebpf;
 mod demo;
 mod elf;
@@ -53,6 +54,8 @@ enum Command {
         #[arg(long)]
         hold: bool,
     },
+    /// Measure the gateway beside its peers; writes bench/results.json and the tables in README.md.
+    Bench(bench::Arguments),
     /// Check what README.md and ARCHITECTURE.md promise.
     Tidy,
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::CheckAarch64 => portable::check_aarch64().map(|()| ExitCode::SUCCESS),
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo { hold } => demo::run(hold),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Tidy => tidy::run(),
     };
     result.unwrap_or_else(|error| {

@@ -27,7 +27,10 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("nginx-light", "nginx", "the HTTP server of the test network"),
     ("util-linux", "nsenter", "entering namespaces"),
     ("util-linux", "setpriv", "processes that end with their test"),
+    ("util-linux", "taskset", "cores of the benchmark"),
     ("util-linux", "unshare", "the BPF object test"),
+    ("wireguard-go", "wireguard-go", "a peer in the benchmark"),
+    ("wireguard-tools", "wg", "setting up the peers in the benchmark"),
 ];
 
 /// Their packages start these at installation and at every boot; the tests start their own in namespaces.
@@ -219,17 +222,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_program_of_the_scenarios_is_installed() {
-        let file = run::root().join("tests/src/net/services.rs");
-        let text = std::fs::read_to_string(file).unwrap();
-        let list =
-            text.split_once("pub const PROGRAMS").and_then(|(_, rest)| rest.split_once("];")).unwrap().0;
-        let needed: Vec<Vec<&str>> = list
-            .lines()
+    fn every_program_of_scenarios_and_benchmark_is_installed() {
+        let files = ["tests/src/net/services.rs", "tests/src/bench/mod.rs"];
+        let text: String =
+            files.map(|file| std::fs::read_to_string(run::root().join(file)).unwrap()).concat();
+        let lists = text.split("const PROGRAMS").skip(1).map(|rest| rest.split_once("];").unwrap().0);
+        let needed: Vec<Vec<&str>> = lists
+            .flat_map(str::lines)
             .map(|line| line.split('"').skip(1).step_by(2).collect())
             .filter(|names: &Vec<_>| names.len() == 2)
             .collect();
-        assert!(needed.len() > 5, "{needed:?}");
+        assert!(needed.len() > 10, "{needed:?}");
         for names in needed {
             let installed = PROGRAMS.iter().any(|(package, program, _)| [*program, *package] == names[..]);
             assert!(installed, "setup does not install {names:?}");

@@ -93,6 +93,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         });
     }
     session.step("demo", |session| session.demo(ready));
+    session.step("benchmark, one run", |session| session.bench(ready));
     if filter.is_none() {
         session.step("static build, and a client that reaches a LAN through it", |session| {
             session.static_build(ready, object)
@@ -117,7 +118,7 @@ impl<'a> Session<'a> {
 
     /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
     fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
-        const STEPS: [usize; 2] = [18, 9];
+        const STEPS: [usize; 2] = [19, 10];
         self.steps += 1;
         let of = STEPS[usize::from(self.arguments.filter.is_some())];
         println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
@@ -259,6 +260,25 @@ impl<'a> Session<'a> {
         // The build and its checks.
         tally.passed += 1;
         Ok(Outcome::Ran(tally))
+    }
+
+    /// That the benchmark works; its figures mean nothing here.
+    fn bench(&self, ready: bool) -> Result<Outcome> {
+        if let Some(reason) = self.no_network(ready) {
+            return Ok(Outcome::Skipped(reason.into()));
+        }
+        if self.arguments.filter.as_ref().is_some_and(|filter| !"bench".contains(filter.as_str())) {
+            return Ok(Outcome::Skipped("the filter leaves it out".into()));
+        }
+        if !run::is_root() {
+            return Ok(Outcome::Skipped("making network namespaces needs root".into()));
+        }
+        if std::thread::available_parallelism().is_ok_and(|cores| cores.get() < 2) {
+            return Ok(Outcome::Skipped("the gateway needs a core of its own".into()));
+        }
+        build_release()?;
+        let mut bench = run::command(run::target().join("release/gateway-tests"));
+        succeeded(passes(bench.args(["bench", "--smoke"])))
     }
 
     /// Why nothing runs that needs the test network.

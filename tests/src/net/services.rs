@@ -33,9 +33,14 @@ pub const PROGRAMS: &[(&str, &str)] = &[
 
 /// The programs of [`PROGRAMS`] that are not installed, as `program (package)`.
 pub fn missing_programs() -> Vec<String> {
+    missing_of(PROGRAMS)
+}
+
+/// The same of another list of `(program, package)`.
+pub fn missing_of(programs: &[(&str, &str)]) -> Vec<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let installed = |program: &str| std::env::split_paths(&path).any(|folder| folder.join(program).exists());
-    PROGRAMS
+    programs
         .iter()
         .filter(|(p, _)| !installed(p))
         .map(|(p, package)| format!("{p} (package {package})"))
@@ -186,6 +191,17 @@ impl BigFile {
         }
         let sha256 = checksum(&path)?;
         Ok(Self { path, sha256 })
+    }
+
+    /// An empty one, where nobody fetches it.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn empty(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join("big");
+        std::fs::write(&path, [])?;
+        Ok(Self { sha256: checksum(&path)?, path })
     }
 }
 

@@ -9,6 +9,7 @@
 //!                       +-- net: sockets (udp), relays (turn), ChannelData
 //!                       +-- portal thread: WebSocket
 //!                       +-- tun, inner
+//! plain: a fixed peer instead of portal and ICE, on the same net, udp and tun
 //! ```
 //!
 //! It never announces ICE-less, so a portal gives it plain ICE (connections.md section 1.1).
@@ -20,6 +21,7 @@ mod eventloop;
 mod ice;
 mod inner;
 mod net;
+mod plain;
 mod portal;
 mod tun;
 mod turn;
@@ -31,6 +33,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 
 pub use config::{Command, Config, Event, Generation, Path, Stats, Token};
+pub use plain::{PlainArgs, PlainConfig, plain_main};
 
 /// `gateway-tests client`.
 #[derive(Debug, clap::Args)]

@@ -69,6 +69,17 @@ impl Tun {
         Ok(())
     }
 
+    /// Sets one address and exactly these routes.
+    pub(super) fn bring_up(&self, address: Ipv4Addr, routes: &[IpNet]) -> Result<()> {
+        ip(&["link", "set", "dev", &self.name, "mtu", &MAX_INNER.to_string(), "up"])?;
+        ip(&["-4", "address", "replace", &format!("{address}/32"), "dev", &self.name])?;
+        for net in routes {
+            let (net, source) = (net.to_string(), address.to_string());
+            ip(&["-4", "route", "replace", &net, "dev", &self.name, "src", &source])?;
+        }
+        Ok(())
+    }
+
     /// Reads once; hands every packet over. Returns false when there was nothing to read.
     pub(super) fn read(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<bool> {
         let count = match self.device.recv_multiple(&mut self.raw, &mut self.packets, &mut self.sizes, 0) {

@@ -1,0 +1,263 @@
+//! The test bed: one small internet, one client host, and every contender in the gateway's namespace.
+//!
+//! ```text
+//!   client0 -- router -- gateway -- LAN      ours      172.20.0.100 by tun-client  (ICE, portal)
+//!   192.0.2.2     |      198.51.100.2        boringtun 172.20.0.111 by tun-c1      (fixed peer, port 51821)
+//!   client1 ------+                          wg-go     172.20.0.112 by tun-c2      (fixed peer, port 51822)
+//!   192.0.2.66    |                          kernel    172.20.0.113 by eth0        (no tunnel)
+//!               relay                        client1 reaches the gateway by its relay only
+//! ```
+//!
+//! All run at once, and all but the one that is measured are silent. Which one a packet meets is decided by the LAN
+//! host's address, so the way is the same for all: client, router, gateway with conntrack and masquerade, LAN.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{
+    accounting::{self, GATEWAY_CORE, OTHER_CORE},
+    peers::{self, Peer},
+    traffic,
+};
+use crate::{
+    net::{
+        NetNs,
+        process::{Logs, Process, run, wait_for},
+        services::BigFile,
+        topology::{LAN_HOST, Topology, direct},
+    },
+    scenario::{
+        Context, Variation,
+        lab::{Lab, Launch, Options, lan4, ping},
+    },
+    standins::client::Path as Way,
+};
+
+/// Who forwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Who {
+    Ours,
+    BoringTun,
+    WireGuardGo,
+    /// No tunnel: the floor.
+    Kernel,
+}
+
+impl Who {
+    pub(super) const ALL: [Self; 4] = [Self::Ours, Self::BoringTun, Self::WireGuardGo, Self::Kernel];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "firezone-gateway",
+            Self::BoringTun => "boringtun-cli",
+            Self::WireGuardGo => "wireguard-go",
+            Self::Kernel => "kernel routing, no tunnel",
+        }
+    }
+
+    /// The LAN host's address that is reached through it.
+    pub(super) fn target(self) -> Ipv4Addr {
+        let last = match self {
+            Self::Ours => return LAN_HOST.0,
+            Self::BoringTun => 111,
+            Self::WireGuardGo => 112,
+            Self::Kernel => 113,
+        };
+        Ipv4Addr::new(172, 20, 0, last)
+    }
+}
+
+/// Everything that runs.
+pub(super) struct Bed {
+    pub(super) cx: Context,
+    pub(super) lab: Lab,
+    peers: Vec<Peer>,
+    _servers: Vec<Process>,
+    /// NAPI threads of the gateway's interfaces.
+    pub(super) napi: Vec<i32>,
+    /// What was refused.
+    pub(super) notes: Vec<String>,
+}
+
+impl Bed {
+    /// Starts all of it; the calling thread is on [`OTHER_CORE`] already.
+    ///
+    /// # Errors
+    /// If something that is not optional does not come up.
+    pub(super) fn start(directory: &Path, gateway: &Path) -> Result<Self> {
+        let cx = Context {
+            topology: Topology::build(direct::two_clients())?,
+            logs: Logs::new(directory.to_path_buf())?,
+            gateway: gateway.to_path_buf(),
+            big: BigFile::empty(directory)?,
+            variation: Variation { workers: Some(1), ..Variation::default() },
+        };
+        let mut notes = Vec::new();
+        let napi = interfaces(&cx.topology, &mut notes)?;
+        routes(&cx.topology)?;
+        let options = Options {
+            resources: vec![lan4()],
+            expiry: None,
+            launch: Launch {
+                wrapper: ["taskset", "-c", &GATEWAY_CORE.to_string()].map(str::to_owned).to_vec(),
+                ..Launch::default()
+            },
+            ..Options::default()
+        };
+        let mut lab = Lab::start(&cx, &options)?;
+        for (index, relayed) in [(0, false), (1, true)] {
+            lab.connect(index, &[lan4()])?;
+            ping(&cx.topology.clients[index].namespace, LAN_HOST.0.into())?;
+            let way = lab.clients[index].path().context("the client named no path")?;
+            ensure!((way != Way::Direct) == relayed, "client {index}: the path is {way:?}");
+        }
+        let servers = Who::ALL.into_iter().map(|who| traffic::server(&cx, who)).collect::<Result<_>>()?;
+        let mut bed = Self { cx, lab, peers: Vec::new(), _servers: servers, napi, notes };
+        for who in [Who::BoringTun, Who::WireGuardGo] {
+            match peers::start(&bed.cx, who) {
+                Ok(peer) => bed.peers.push(peer),
+                Err(error) => bed.notes.push(format!("{} is missing: {error:#}", who.name())),
+            }
+        }
+        for who in bed.contenders() {
+            let client = &bed.cx.topology.clients[0].namespace;
+            wait_for(&format!("a ping through {}", who.name()), Duration::from_secs(10), || {
+                Ok(ping(client, who.target().into()).ok())
+            })?;
+        }
+        Ok(bed)
+    }
+
+    /// Who can be measured.
+    pub(super) fn contenders(&self) -> Vec<Who> {
+        let there = |who: &Who| match who {
+            Who::Ours | Who::Kernel => true,
+            _ => self.peers.iter().any(|peer| peer.who == *who),
+        };
+        Who::ALL.into_iter().filter(there).collect()
+    }
+
+    /// The process that forwards.
+    pub(super) fn pid(&self, who: Who) -> Option<u32> {
+        match who {
+            Who::Ours => Some(self.lab.gateway.pid()),
+            Who::Kernel => None,
+            _ => self.peers.iter().find(|peer| peer.who == who).map(|peer| peer.server.pid()),
+        }
+    }
+
+    /// Segmentation offloads of every link: on is a virtual machine's or a NIC's, off is one datagram a frame.
+    ///
+    /// # Errors
+    /// With what `ethtool` said.
+    pub(super) fn set_offloads(&self, on: bool) -> Result<()> {
+        let topology = &self.cx.topology;
+        for (namespace, interface) in links(topology)? {
+            let towards_gateway = (namespace.name() == topology.router.name() && interface == "gw")
+                || namespace.name() == topology.lan.name();
+            let word = |on: bool| if on { "on" } else { "off" };
+            // A veth hands what it receives to NAPI only if the other end has no TSO. Towards the gateway that matters
+            // more: TCP arrives there as from a NIC, in frames that GRO merges.
+            let tso = word(on && !towards_gateway);
+            let features = ["gso", word(on), "tso", tso, "tx-udp-segmentation", word(on)];
+            let command: Vec<&str> = ["ethtool", "-K", &interface].into_iter().chain(features).collect();
+            run(namespace, Duration::from_secs(5), &command)?.success()?;
+        }
+        Ok(())
+    }
+}
+
+/// Every veth end, with its namespace.
+fn links(topology: &Topology) -> Result<Vec<(&NetNs, String)>> {
+    let mut links = Vec::new();
+    for namespace in topology.namespaces() {
+        let said = run(namespace, Duration::from_secs(5), &["ip", "-o", "link", "show", "type", "veth"])?;
+        for line in said.success()?.lines() {
+            // 2: eth0@if3: <...
+            let name = line.split(": ").nth(1).and_then(|name| name.split('@').next());
+            links.push((namespace, name.context("a name in `ip -o link`")?.to_owned()));
+        }
+    }
+    Ok(links)
+}
+
+/// What arrives at the gateway's interfaces is handled by their own NAPI threads on the gateway's core; what arrives
+/// anywhere else on the other core, by RPS. Otherwise the sender's core would do the receiver's work. Returns the
+/// gateway's NAPI threads.
+fn interfaces(topology: &Topology, notes: &mut Vec<String>) -> Result<Vec<i32>> {
+    let napi_threads = || -> Vec<i32> {
+        let threads = accounting::kernel_threads().into_iter();
+        threads.filter(|(_, name)| name.starts_with("napi/")).map(|(pid, _)| pid).collect()
+    };
+    let mut of_gateway = Vec::new();
+    for (namespace, interface) in links(topology)? {
+        let ours = namespace.name() == topology.gateway.namespace.name();
+        run(namespace, Duration::from_secs(5), &["ethtool", "-K", &interface, "gro", "on"])?.success()?;
+        let (setting, what) = if ours {
+            ("echo 1 > $dev/threaded".to_owned(), "threaded NAPI")
+        } else {
+            (format!("for f in $dev/queues/rx-*/rps_cpus; do echo {:x} > $f; done", 1 << OTHER_CORE), "RPS")
+        };
+        // A namespace's interfaces are seen in a sysfs that was mounted inside it.
+        let script = format!("set -e; mount -t sysfs sysfs /sys; dev=/sys/class/net/{interface}; {setting}");
+        let before = napi_threads();
+        let said = run(namespace, Duration::from_secs(5), &["unshare", "-m", "sh", "-c", &script])?;
+        if let Err(error) = said.success() {
+            notes.push(format!("no {what} on {} of {}: {error:#}", interface, namespace.name()));
+            continue;
+        }
+        for thread in napi_threads().into_iter().filter(|pid| !before.contains(pid)) {
+            accounting::pin(thread, GATEWAY_CORE)?;
+            accounting::prefer(thread)?;
+            of_gateway.push(thread);
+        }
+    }
+    if of_gateway.len() < 2 {
+        notes.push(format!("the gateway has {} NAPI threads instead of 2", of_gateway.len()));
+    }
+    Ok(of_gateway)
+}
+
+/// Addresses and routes of the contenders besides ours; client1 can use a relay only.
+fn routes(topology: &Topology) -> Result<()> {
+    let others = [Who::BoringTun, Who::WireGuardGo, Who::Kernel];
+    topology.lan.ip_batch(&others.map(|who| format!("addr add {}/24 dev eth0", who.target())))?;
+    let gateway = topology.gateway.v4;
+    topology.router.ip_batch(&[format!("route add 172.20.0.0/24 via {gateway}")])?;
+    let client = &topology.clients[0];
+    let router = Ipv4Addr::from_bits(client.v4.to_bits() - 1);
+    let target = Who::Kernel.target();
+    // The same segments as in the tunnels.
+    client.namespace.ip_batch(&[format!("route add {target}/32 via {router} mtu lock 1280 advmss 1240")])?;
+    // As README.md's lines do for the tunnel's own range.
+    topology.gateway.namespace.nft(
+        r#"table inet bench {
+          chain postrouting {
+            type nat hook postrouting priority srcnat;
+            ip saddr { 10.77.0.0/16, 192.0.2.0/24 } oifname "eth1" masquerade
+          }
+        }"#,
+    )?;
+    let (client, relay) = (topology.clients[1].v4, topology.relays[0].v4);
+    topology.router.nft(&format!(
+        r#"table inet bench {{
+          chain forward {{
+            type filter hook forward priority filter; policy accept;
+            ip saddr {client} ip daddr {gateway} meta l4proto udp drop
+            ip saddr {gateway} ip daddr {client} meta l4proto udp drop
+            ip saddr {gateway} ip daddr {relay} udp dport != 3478 drop
+            ip saddr {relay} ip daddr {gateway} udp sport != 3478 drop
+          }}
+        }}"#
+    ))
+}
+
+/// Where a plain WireGuard server is reached.
+pub(super) fn endpoint(topology: &Topology, port: u16) -> SocketAddr {
+    SocketAddr::new(topology.gateway.v4.into(), port)
+}

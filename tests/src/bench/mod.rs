@@ -1,0 +1,173 @@
+//! `gateway-tests bench`: the gateway beside plain WireGuard servers and the bare kernel, on one machine in one run.
+//!
+//! ```text
+//!   bed: topology, contenders -- rows: what, whose turn -- traffic: iperf3, one run -- accounting: what it cost
+//!                                                             report: results.json -- markdown: README.md
+//! ```
+
+mod accounting;
+mod aead;
+mod bed;
+mod markdown;
+mod peers;
+mod report;
+mod rows;
+mod traffic;
+
+use std::{path::Path, path::PathBuf, process::Command, process::ExitCode};
+
+use anyhow::{Result, ensure};
+
+use self::{
+    accounting::OTHER_CORE,
+    bed::Bed,
+    report::{About, Results},
+    rows::Effort,
+};
+use crate::{
+    net::{
+        janitor::{self, Janitor},
+        process::Logs,
+        services,
+    },
+    scenario,
+};
+
+/// Programs that the benchmark needs besides those of the scenarios, with the Debian package of each.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("ethtool", "ethtool"),
+    ("taskset", "util-linux"),
+    ("unshare", "util-linux"),
+    ("wg", "wireguard-tools"),
+    ("wireguard-go", "wireguard-go"),
+];
+
+/// `gateway-tests bench`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Arguments {
+    /// Fewer and shorter runs.
+    #[arg(long)]
+    pub quick: bool,
+    /// Only rows whose name contains this; nothing is written.
+    #[arg(long)]
+    pub only: Option<String>,
+    /// One run of one row, to see that the benchmark itself works; nothing is written.
+    #[arg(long)]
+    pub smoke: bool,
+    /// The daemon; by default `firezone-gateway` beside this program.
+    #[arg(long)]
+    pub gateway: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn effort(&self) -> Effort {
+        match (self.smoke, self.quick) {
+            (true, _) => Effort { rounds: 1, seconds: 1, repeats: 0 },
+            (_, true) => Effort { rounds: 3, seconds: 1, repeats: 10 },
+            _ => Effort { rounds: 5, seconds: 2, repeats: 40 },
+        }
+    }
+
+    fn mode(&self) -> &'static str {
+        if self.quick { "quick" } else { "full" }
+    }
+}
+
+/// Measures all rows that are asked for; of all rows, writes `bench/results.json` and README.md's tables.
+///
+/// # Errors
+/// If this machine cannot run it or something does not come up; everything is removed in any case.
+pub fn run(arguments: &Arguments) -> Result<ExitCode> {
+    if let Some(reason) = scenario::cannot_run() {
+        anyhow::bail!("the benchmark cannot run here: {reason}");
+    }
+    let missing = services::missing_of(PROGRAMS);
+    ensure!(missing.is_empty(), "these programs are not installed: {}", missing.join(", "));
+    let cores = std::thread::available_parallelism()?.get();
+    ensure!(
+        cores > 1,
+        "the gateway needs a core of its own, and something must send: one core is not enough"
+    );
+    let janitor = Janitor::start()?;
+    // Before any thread or process is started: they inherit it.
+    accounting::pin(0, OTHER_CORE)?;
+    accounting::prefer(0)?;
+    let directory = janitor::directory(std::process::id());
+    let result = measure(arguments, cores, &directory);
+    if result.is_err() {
+        print!("{}", Logs::new(directory.clone())?.tails(15));
+        println!("logs in {}", directory.display());
+        janitor::keep(&directory);
+    } else {
+        let _ = std::fs::remove_dir_all(&directory);
+    }
+    drop(janitor);
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+fn measure(arguments: &Arguments, cores: usize, directory: &Path) -> Result<()> {
+    let mut plans = rows::all();
+    if let Some(only) = &arguments.only {
+        plans.retain(|plan| plan.name().contains(only.as_str()));
+    }
+    if arguments.smoke {
+        plans.truncate(1);
+    }
+    let effort = arguments.effort();
+    println!("making a small internet, the gateway, its peers and their clients");
+    let bed = Bed::start(directory, &scenario::gateway_path(arguments.gateway.as_deref()))?;
+    for note in &bed.notes {
+        println!("note: {note}");
+    }
+    let rows = rows::measure(&bed, &plans, effort)?;
+    for row in &rows {
+        let ours = &row.contenders[0].summary;
+        ensure!(ours.ns_per_packet.median > 0.0, "{}: no cost was measured", row.name);
+    }
+    let everything = arguments.only.is_none() && !arguments.smoke;
+    let aead = if everything { aead::measure()? } else { Vec::new() };
+    let mut notes = bed.notes.clone();
+    notes.extend(NOTES.iter().map(|&note| note.to_owned()));
+    let results = Results { about: about(arguments, cores, effort)?, notes, rows, aead };
+    println!("\n{}", markdown::render(&results));
+    if everything {
+        markdown::save(&results)?;
+    }
+    Ok(())
+}
+
+/// What is true of every run.
+const NOTES: &[&str] = &[
+    "Cost: CPU time of the gateway's threads, of the NAPI threads of both its interfaces and of its core's ksoftirqd, by \
+     the scheduler's clock. Gateway and NAPI threads have core 1; client, relay, routers, LAN host and iperf3 have core \
+     0, which is what limits the throughput. All of them run at niceness -20. A run in which more than 5 % of core 1's \
+     busy time is nobody's is repeated, and marked void if that does not help.",
+    "A packet is an inner packet that arrived: a UDP datagram of 1200 bytes, or 1228 bytes of TCP payload (one MTU); TCP's \
+     acknowledgements cost, and are not counted.",
+    "Offloads on: UDP super-packets cross the links whole; TCP towards the gateway comes in single frames that its GRO \
+     merges, as from a NIC (a veth has NAPI only then). Offloads off: every frame holds one packet, both ways; GRO stays on.",
+    "The WireGuard servers decrypt, check the source address and forward, for the same client code; they have no policy, \
+     no ICE and no relays. Conntrack and masquerade are in everybody's way.",
+];
+
+fn about(arguments: &Arguments, cores: usize, effort: Effort) -> Result<About> {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo")?;
+    let name = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let said = |program: &str, words: &[&str]| -> Result<String> {
+        let output = Command::new(program).args(words).current_dir(markdown::root()).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let commit = said("git", &["rev-parse", "--short", "HEAD"])?;
+    let changed = !said("git", &["status", "--porcelain"])?.is_empty();
+    Ok(About {
+        machine: name.trim_start_matches([' ', '\t', ':']).to_owned(),
+        cores,
+        kernel: kernel.trim().to_owned(),
+        commit: if changed { format!("{commit}+") } else { commit },
+        date: said("date", &["-u", "+%Y-%m-%d"])?,
+        mode: arguments.mode().to_owned(),
+        rounds: effort.rounds,
+        seconds: effort.seconds,
+    })
+}

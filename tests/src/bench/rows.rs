@@ -1,0 +1,120 @@
+//! The rows: which traffic is sent through whom, in which order, how often.
+
+use anyhow::Result;
+
+use super::{
+    bed::{Bed, Who},
+    report::{Contender, Row, Run},
+    traffic::{self, Direction, Load},
+};
+
+/// One row before it is measured.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    relayed: bool,
+    load: Load,
+    direction: Direction,
+    offloads: bool,
+}
+
+/// How often and how long.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    pub(super) rounds: usize,
+    pub(super) seconds: u32,
+    /// Void runs that may be repeated, in all rows together: on a busy machine all are void, and it must end.
+    pub(super) repeats: u32,
+}
+
+/// Attempts at one run.
+const ATTEMPTS: u32 = 3;
+
+/// All of them; those with equal offloads stand together.
+pub(super) fn all() -> Vec<Plan> {
+    let mut plans = Vec::new();
+    for offloads in [true, false] {
+        for relayed in [false, true] {
+            for load in [Load::Tcp, Load::Udp { bytes: 1200, mbit: 200 }] {
+                for direction in [Direction::Outbound, Direction::Inbound] {
+                    plans.push(Plan { relayed, load, direction, offloads });
+                }
+            }
+        }
+    }
+    plans
+}
+
+impl Plan {
+    pub(super) fn name(&self) -> String {
+        let way = if self.relayed { "relayed" } else { "direct" };
+        let load = match self.load {
+            Load::Tcp => "TCP".to_owned(),
+            Load::Udp { mbit, .. } => format!("UDP {mbit} Mbit/s"),
+        };
+        let direction = match self.direction {
+            Direction::Outbound => "outbound",
+            Direction::Inbound => "inbound",
+        };
+        let offloads = if self.offloads { "offloads on" } else { "offloads off" };
+        format!("{way} {load} {direction}, {offloads}")
+    }
+}
+
+/// Measures `plans`, one after the other; within a row the contenders take turns.
+///
+/// # Errors
+/// If the traffic of a run fails.
+pub(super) fn measure(bed: &Bed, plans: &[Plan], effort: Effort) -> Result<Vec<Row>> {
+    let mut repeats = effort.repeats;
+    let mut rows = Vec::new();
+    for (index, plan) in plans.iter().enumerate() {
+        let name = plan.name();
+        println!("[{}/{}] {name}", index + 1, plans.len());
+        bed.set_offloads(plan.offloads)?;
+        let who = if plan.relayed { vec![Who::Ours] } else { bed.contenders() };
+        let mut runs: Vec<Vec<Run>> = vec![Vec::new(); who.len()];
+        for round in 1..=effort.rounds {
+            for (who, runs) in who.iter().zip(&mut runs) {
+                let run = once(bed, *who, plan, effort.seconds, &mut repeats)?;
+                println!("    run {round} of {}: {}", effort.rounds, show(*who, &run));
+                runs.push(run);
+            }
+        }
+        let contenders = who.iter().zip(runs).map(|(who, runs)| Contender::new(who.name(), runs)).collect();
+        rows.push(Row { name, contenders });
+    }
+    Ok(rows)
+}
+
+/// A run that is void is repeated, while that is allowed.
+fn once(bed: &Bed, who: Who, plan: &Plan, seconds: u32, repeats: &mut u32) -> Result<Run> {
+    let mut repeated = 0;
+    loop {
+        let client = usize::from(plan.relayed);
+        let run = traffic::run(bed, who, client, plan.load, plan.direction, seconds)?;
+        if !run.void || repeated + 1 == ATTEMPTS || *repeats == 0 {
+            return Ok(Run { repeated, ..run });
+        }
+        *repeats -= 1;
+        repeated += 1;
+        println!("    void, repeated: {}", show(who, &run));
+    }
+}
+
+fn show(who: Who, run: &Run) -> String {
+    let cost = &run.cost;
+    let percent = |part: u64, whole: u64| 100.0 * part as f64 / whole.max(1) as f64;
+    format!(
+        "{:<26} {:6.0} kpkt/CPU-s, {:5.0} ns/packet (threads {:.0} %, NAPI {:.0} %), {:.2} Gbit/s, lost {:.1} %, core {:.0} %, \
+         nobody's {:.0} % of it",
+        who.name(),
+        1e6 / run.ns_per_packet(),
+        run.ns_per_packet(),
+        percent(cost.threads_ns, cost.total_ns()),
+        percent(cost.napi_ns, cost.total_ns()),
+        run.bytes as f64 * 8.0 / run.seconds / 1e9,
+        run.lost_percent,
+        percent(cost.total_ns(), cost.wall_ns),
+        percent(cost.unattributed_ns, cost.core_busy_ns),
+    )
+}
