@@ -3,7 +3,6 @@
 //! It spells no map's name, type or size: those are in `gateway_common::maps`, and [`KernelPlane::open`] compares what
 //! the object made with that list. It decides nothing about interfaces or modes.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "the data plane takes it up together with its workers"))]
 mod steering;
 #[cfg(test)]
 mod tests;
@@ -17,8 +16,7 @@ use aya::{
 };
 use gateway_common::maps::{self, MapKind, MapSpec};
 
-#[cfg_attr(not(test), expect(unused_imports, reason = "as above"))]
-pub use steering::Steering;
+pub use steering::{LeftOut, Steering};
 
 #[cfg(bpf_object)]
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/firezone-gateway.o"));

@@ -6,6 +6,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Parser, ValueEnum, builder::BoolishValueParser};
+use gateway_common::maps::MAX_WORKERS;
 use gateway_proto::portal::messages::Secret;
 use zeroize::Zeroizing;
 
@@ -56,6 +57,10 @@ pub struct Cli {
     /// How long the portal may stay unreachable before the gateway gives up, e.g. 5m, 1h, 30d.
     #[arg(short = 'm', long, env = "FIREZONE_MAX_PARTITION_TIME", default_value = "24h", value_parser = humantime::parse_duration, value_name = "DURATION", help_heading = "Portal")]
     pub max_partition_time: Duration,
+
+    /// Threads that carry traffic, 1 to 64; as many as there are cores if absent.
+    #[arg(long, env = "FIREZONE_WORKERS", value_parser = workers, value_name = "N", help_heading = "Data plane")]
+    pub workers: Option<usize>,
 
     /// Let clients reach every port of the gateway's own tunnel address, not only DNS (53535) and ping.
     #[arg(long, env = "FIREZONE_ALLOW_OWN_IP", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
@@ -113,6 +118,12 @@ fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
     Ok(Secret(Zeroizing::new(text.to_owned())))
 }
 
+/// From 1 to [`MAX_WORKERS`].
+fn workers(text: &str) -> Result<usize, String> {
+    let number = text.trim().parse().ok().filter(|number| (1..=MAX_WORKERS).contains(number));
+    number.ok_or_else(|| format!("the number of workers must be from 1 to {MAX_WORKERS}"))
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -150,6 +161,22 @@ mod tests {
         assert_eq!(cli.firezone_id.as_deref(), Some("id"));
         assert_eq!(cli.max_partition_time, Duration::from_secs(300));
         assert_eq!(cli.token.map(|t| t.0.to_string()).as_deref(), Some("tok"));
+    }
+
+    #[test]
+    fn workers_are_from_one_to_64() {
+        for (text, expect) in
+            [("1", Some(1)), ("64", Some(64)), ("0", None), ("65", None), ("-1", None), ("many", None)]
+        {
+            let cli = Cli::try_parse_from(["firezone-gateway", &format!("--workers={text}")]);
+            match expect {
+                Some(_) => assert_eq!(cli.unwrap().workers, expect),
+                None => assert!(
+                    cli.unwrap_err().to_string().contains("the number of workers must be from 1 to 64"),
+                    "{text}"
+                ),
+            }
+        }
     }
 
     #[test]

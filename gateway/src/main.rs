@@ -51,6 +51,7 @@ fn main() -> ExitCode {
 struct Prepared {
     portal: portal::Client,
     private_key: StaticSecret,
+    workers: usize,
     buffers: BufferSizes,
     allowed: Capabilities,
     health_check_addr: SocketAddr,
@@ -89,6 +90,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
     Ok(Prepared {
         portal,
         private_key,
+        workers: cli.workers.unwrap_or_else(one_per_core),
         buffers: BufferSizes::from_env()?,
         allowed: Capabilities::from_env()?,
         health_check_addr: cli.health_check_addr,
@@ -117,6 +119,7 @@ fn run(prepared: Prepared) -> Result<()> {
     tokio.block_on(async {
         let data = DataPlane::start(data::Config {
             tun_name: TUN_NAME.to_owned(),
+            workers: prepared.workers,
             private_key: prepared.private_key,
             allow_own_ip: prepared.allow_own_ip,
             seed: rand::random(),
@@ -128,6 +131,11 @@ fn run(prepared: Prepared) -> Result<()> {
         tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
         Runtime::new(data, interface, prepared.portal, readiness)?.run().await
     })
+}
+
+/// As many workers as cores that we may use.
+fn one_per_core() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(gateway_common::maps::MAX_WORKERS))
 }
 
 /// Roots beside the bundled ones: the flag's, and the variable's that other programs read too.

@@ -25,6 +25,7 @@ use tokio::{
 };
 
 use crate::{
+    bpf::LeftOut,
     clock,
     data::{
         DataPlane,
@@ -82,7 +83,7 @@ impl Runtime {
             seed: rand::random(),
             unix_now,
             now: Instant::now(),
-            workers: control::Workers::ONE,
+            workers: data.workers(),
         });
         let clock_steps = clock::Steps::watch()?;
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
@@ -230,16 +231,28 @@ impl Runtime {
             }
         }
         self.reported = now;
+        let left_out = self.data.not_steered();
+        if left_out != LeftOut::default() {
+            tracing::debug!(?left_out, "The kernel steers not all clients");
+        }
     }
 
     async fn shut_down(mut self) {
         self.control.shutdown(Instant::now());
         self.drain();
         self.report_counters();
-        let carried = self.data.traffic();
+        let (mut outbound, mut inbound) = (0, 0);
+        for (worker, carried) in self.data.traffic() {
+            let of_worker = (
+                carried.outbound_direct.packets + carried.outbound_relayed.packets,
+                carried.inbound_direct.packets + carried.inbound_relayed.packets,
+            );
+            tracing::debug!(%worker, outbound_packets = of_worker.0, inbound_packets = of_worker.1, "Carried");
+            (outbound, inbound) = (outbound + of_worker.0, inbound + of_worker.1);
+        }
         tracing::info!(
-            outbound_packets = carried.outbound_direct.packets + carried.outbound_relayed.packets,
-            inbound_packets = carried.inbound_direct.packets + carried.inbound_relayed.packets,
+            outbound_packets = outbound,
+            inbound_packets = inbound,
             dropped_packets = self.reported.iter().map(|(_, packets)| packets).sum::<u64>(),
             "Carried in all"
         );

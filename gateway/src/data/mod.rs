@@ -1,4 +1,4 @@
-//! The data plane of the daemon, on the kernel's own devices: UDP sockets, TUN, one worker thread.
+//! The data plane of the daemon, on the kernel's own devices: UDP sockets, TUN, worker threads.
 //!
 //! ```text
 //!            udp::Receiver --datagrams--> +--------+ --reserve/commit--> coalesce::Writer --> tun
@@ -6,9 +6,10 @@
 //!            gso::Queue <--reserve/commit-+--------+ <------packets----- split::Reader <----- tun
 //!                                          ^      |
 //!                         queue::Commands -+      +-> queue::Events      (control, tokio)
+//!                            links::Inbox -+      +-> links::Outbox      (other workers)
 //! ```
 //!
-//! The worker sees batches, never devices; this folder moves bytes and never looks past the headers that
+//! Every worker has a thread, sockets and a queue of the TUN of its own. A worker sees batches, never devices; this folder moves bytes and never looks past the headers that
 //! segmentation offload needs. Start-up order: [`lock`], [`sysctl`], [`DataPlane::start`], and with the first
 //! `init` [`interface`].
 
@@ -20,25 +21,37 @@ pub mod capabilities;
 mod coalesce;
 mod gso;
 mod headers;
+mod links;
 mod merge;
 #[cfg(test)]
 mod netns_tests;
 mod queue;
+mod ring;
 mod sendmmsg;
 mod split;
+mod steering;
 #[cfg(test)]
 mod test_packets;
 mod tun;
+mod turn;
 mod udp;
 mod virtio;
+mod wake;
 mod worker_thread;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result};
 use gateway_common::{Counters, DropReason};
 use gateway_proto::{
-    Command, Transmit, WorkerEvent,
+    Command, Transmit, WorkerEvent, WorkerId, control,
     worker::{self, Traffic, Worker},
 };
 use tokio::time::{Interval, MissedTickBehavior};
@@ -49,12 +62,17 @@ pub use self::{
     udp::{BufferSizes, MARK},
 };
 use self::{
-    capabilities::InUse,
+    capabilities::{Capability, InUse},
+    links::links,
     queue::{Commands, Events},
+    steering::Steering,
     tun::Tun,
+    turn::{Core, Seat},
     udp::Sockets,
+    wake::Wake,
     worker_thread::WorkerThread,
 };
+use crate::bpf;
 
 /// The name of the TUN device.
 pub const TUN_NAME: &str = "tun-firezone";
@@ -63,6 +81,8 @@ pub const TUN_NAME: &str = "tun-firezone";
 pub struct Config {
     /// The TUN device's name, normally [`TUN_NAME`].
     pub tun_name: String,
+    /// How many workers, at least one.
+    pub workers: usize,
     /// The gateway's WireGuard key.
     pub private_key: StaticSecret,
     /// Let clients reach every port of the gateway's own tunnel address.
@@ -71,23 +91,26 @@ pub struct Config {
     pub seed: u64,
     /// Kernel buffers of the UDP sockets.
     pub buffers: BufferSizes,
-    /// What of the kernel's batching may be used.
+    /// What of the kernel's batching and steering may be used.
     pub allowed: Capabilities,
 }
 
-/// Sockets, TUN device and the worker that serves them.
+/// Sockets, TUN device and the workers that serve them.
 pub struct DataPlane {
-    commands: Arc<Commands>,
     events: Arc<Events>,
+    /// Of the first worker.
     sockets: Sockets,
-    worker: WorkerThread,
+    workers: Vec<WorkerThread>,
+    steering: Option<Steering<bpf::Steering>>,
+    /// Nothing brings datagrams to the owner of their client.
+    by_arrival: bool,
     watch: Interval,
     /// What [`DataPlane::transmit`] could not send.
-    drops: std::sync::atomic::AtomicU64,
+    drops: AtomicU64,
 }
 
 impl DataPlane {
-    /// Opens the sockets and the TUN device in the network namespace of the calling thread and starts the worker.
+    /// Opens the sockets and the TUN device in the network namespace of the calling thread and starts the workers.
     ///
     /// # Errors
     /// One sentence: no socket in either family, no right to mark them, no TUN device, or a second process has it.
@@ -95,53 +118,94 @@ impl DataPlane {
     /// # Panics
     /// Outside a tokio runtime with timers.
     pub fn start(config: Config) -> Result<Self> {
-        let sockets = Sockets::open(config.buffers, config.allowed)?;
-        let for_control = sockets.try_clone().context("Failed to duplicate the UDP sockets")?;
-        let commands = Arc::new(Commands::new().context("Failed to create an eventfd")?);
-        let events = Arc::new(Events::default());
-        let core = Worker::new(worker::Config {
-            private_key: config.private_key,
-            allow_own_ip: config.allow_own_ip,
-            seed: config.seed,
-            now: std::time::Instant::now(),
-            id: gateway_proto::WorkerId::FIRST,
-            workers: 1,
-        });
-        let tun = Tun::create(&config.tun_name, config.allowed)?;
-        let mut in_use = InUse::new(config.allowed);
-        sockets.report(&mut in_use);
-        tun.report(&mut in_use);
-        tracing::info!("In use: {}", in_use.describe());
-        let worker = WorkerThread::spawn(core, sockets, tun, commands.clone(), events.clone())?;
-        Ok(Self::of(commands, events, for_control, worker))
+        let Config { tun_name, workers, private_key, allow_own_ip, seed, buffers, allowed } = config;
+        let core = |id: WorkerId| {
+            Worker::new(worker::Config {
+                private_key: private_key.clone(),
+                allow_own_ip,
+                seed: seed.wrapping_add(id.get() as u64),
+                now: Instant::now(),
+                id,
+                workers,
+            })
+        };
+        Self::start_with(&tun_name, workers, buffers, allowed, core)
     }
 
-    fn of(commands: Arc<Commands>, events: Arc<Events>, sockets: Sockets, worker: WorkerThread) -> Self {
+    fn start_with<C: Core>(
+        tun_name: &str,
+        workers: usize,
+        buffers: BufferSizes,
+        allowed: Capabilities,
+        core: impl Fn(WorkerId) -> C,
+    ) -> Result<Self> {
+        let sockets = Sockets::open(workers, buffers, allowed)?;
+        let tuns = Tun::create(tun_name, workers, allowed)?;
+        let (first, tun) = sockets.first().zip(tuns.first()).context("There must be a worker")?;
+        let for_control = first.try_clone().context("Failed to duplicate the UDP sockets")?;
+        let mut in_use = InUse::new(allowed);
+        first.report(&mut in_use);
+        tun.report(&mut in_use);
+        let steering = steering::start(&sockets, &tuns, &mut in_use);
+        tracing::info!(workers, "In use: {}", in_use.describe());
+
+        let events = Arc::new(Events::default());
+        let wakes = (0..workers).map(|_| Wake::new().map(Arc::new)).collect::<io::Result<Vec<_>>>();
+        let wakes = wakes.context("Failed to create an eventfd")?;
+        let seats = sockets.into_iter().zip(tuns).zip(links(&wakes)).zip(wakes).enumerate();
+        let threads = seats.map(|(number, (((sockets, tun), (inbox, outbox)), wake))| {
+            let id = WorkerId::new(number).context("There are too many workers")?;
+            let (commands, events) = (Arc::new(Commands::new(wake)), Arc::clone(&events));
+            WorkerThread::spawn(core(id), Seat { id, sockets, tun, commands, events, inbox, outbox })
+        });
+        let threads = threads.collect::<Result<_>>()?;
         let mut watch = tokio::time::interval(Duration::from_secs(1));
         watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { commands, events, sockets, worker, watch, drops: 0.into() }
+        Ok(Self {
+            events,
+            sockets: for_control,
+            workers: threads,
+            steering,
+            by_arrival: workers > 1 && !in_use.has(Capability::ReuseportSteering),
+            watch,
+            drops: AtomicU64::new(0),
+        })
     }
 
-    /// Tells the worker what is true. Replaces an earlier command of the same key that it has not seen yet; takes
-    /// effect before the worker's next batch. Never blocks, never drops.
-    pub fn send(&self, command: Command) {
-        self.commands.send(command);
+    /// What control must know to place clients.
+    pub fn workers(&self) -> control::Workers {
+        control::Workers { count: self.workers.len(), by_arrival: self.by_arrival }
     }
 
-    /// What the worker saw since the last call; waits until there is something. Cancel-safe.
+    /// Tells the workers what is true. Replaces an earlier command of the same key that they have not seen yet; takes
+    /// effect before a worker's next batch. Never blocks, never drops.
+    pub fn send(&mut self, command: Command) {
+        if let Some(steering) = &mut self.steering {
+            steering.on_command(&command);
+        }
+        if let Some((first, others)) = self.workers.split_first() {
+            others.iter().for_each(|worker| worker.send(command.clone()));
+            first.send(command);
+        }
+    }
+
+    /// What the workers saw since the last call; waits until there is something. Cancel-safe.
     ///
     /// # Errors
-    /// The worker has ended or hangs: the process must end too.
+    /// A worker has ended or hangs: the process must end too.
     pub async fn recv(&mut self) -> Result<Vec<WorkerEvent>> {
         loop {
             let events = self.events.take();
+            if let Some(steering) = &mut self.steering {
+                events.iter().for_each(|event| steering.on_event(event));
+            }
             if !events.is_empty() {
                 return Ok(events);
             }
-            self.worker.check_ended()?;
+            self.workers.iter_mut().try_for_each(WorkerThread::check_ended)?;
             tokio::select! {
                 () = self.events.notified() => {}
-                _ = self.watch.tick() => self.worker.check_stalled()?,
+                _ = self.watch.tick() => self.workers.iter_mut().try_for_each(WorkerThread::check_stalled)?,
             }
         }
     }
@@ -149,36 +213,47 @@ impl DataPlane {
     /// Sends one of control's own datagrams from the same sockets, at once.
     pub fn transmit(&self, transmit: &Transmit) {
         if let Err(e) = self.sockets.transmit(transmit) {
-            self.drops.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            self.drops.fetch_add(1, Ordering::Relaxed);
             tracing::debug!(dst = %transmit.dst, "A control datagram was not sent: {e}");
         }
     }
 
-    /// Packets dropped so far, by reason: the worker's and the backend's.
+    /// Packets dropped so far, by reason: all workers' and the backend's.
     pub fn counters(&self) -> Counters {
-        let mut counters = self.worker.counters();
-        counters.add(DropReason::UdpSend, self.drops.load(std::sync::atomic::Ordering::Relaxed));
+        let mut counters = Counters::default();
+        counters.add(DropReason::UdpSend, self.drops.load(Ordering::Relaxed));
+        self.workers.iter().for_each(|worker| counters.merge(&worker.counters()));
         counters
     }
 
-    /// What the worker carried so far.
-    pub fn traffic(&self) -> Traffic {
-        self.worker.traffic()
+    /// What of the clients the kernel's maps had no room for; their packets are passed on between workers.
+    pub fn not_steered(&self) -> bpf::LeftOut {
+        self.steering.as_ref().map(Steering::left_out).unwrap_or_default()
+    }
+
+    /// What each worker carried so far.
+    pub fn traffic(&self) -> impl Iterator<Item = (WorkerId, Traffic)> {
+        self.workers.iter().map(|worker| (worker.id(), worker.traffic()))
     }
 
     /// Says goodbye to every client, waits until that is sent (at most a second), and closes sockets and device.
     ///
     /// # Errors
-    /// The worker had ended before, or did not end in time.
+    /// A worker had ended before, or did not end in time.
     pub async fn close(mut self) -> Result<()> {
-        self.commands.send(Command::Shutdown);
-        self.worker.join(Duration::from_secs(1)).await
+        self.send(Command::Shutdown);
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let mut result = Ok(());
+        for worker in &mut self.workers {
+            result = result.and(worker.join(deadline).await);
+        }
+        result
     }
 }
 
 impl Drop for DataPlane {
     fn drop(&mut self) {
-        // A worker that nobody listens to says goodbye and ends.
-        self.commands.send(Command::Shutdown);
+        // Workers that nobody listens to say goodbye and end.
+        self.send(Command::Shutdown);
     }
 }

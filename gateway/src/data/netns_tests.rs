@@ -25,8 +25,10 @@ use std::{
 use futures_util::TryStreamExt as _;
 use gateway_common::{Counters, DropReason};
 use gateway_proto::{
-    Command, Datagram, Ecn, Route, Sink, Transmit, WorkerEvent, addr::TunnelAddrs, command::StunDatagram,
-    worker::Traffic,
+    Command, Datagram, Ecn, Handover, Route, Sink, Transmit, WorkerEvent,
+    addr::TunnelAddrs,
+    command::StunDatagram,
+    worker::{Moved, Traffic},
 };
 use nix::sched::{CloneFlags, setns, unshare};
 use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
@@ -38,10 +40,9 @@ use super::{
     capabilities::Capability,
     gso::Outlet,
     interface::{Families, Interface},
-    queue::{Commands, Events},
     tun::Tun,
+    turn::Core,
     udp::{self, Receiver, Sockets},
-    worker_thread::{Core, WorkerThread},
 };
 
 const ALL: Capabilities = Capabilities::ALL;
@@ -50,7 +51,7 @@ const SIZES: BufferSizes = BufferSizes { recv: udp::RECV_BUFFER, send: udp::SEND
 #[test]
 fn interface_is_changed_by_difference_adopted_after_a_crash_and_cleaned_up() {
     in_netns(async {
-        let tun = Tun::create(TUN_NAME, ALL).unwrap();
+        let tun = Tun::create(TUN_NAME, 1, ALL).unwrap();
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::Dual);
         let link = ip("link show dev tun-firezone");
@@ -79,7 +80,7 @@ fn interface_is_changed_by_difference_adopted_after_a_crash_and_cleaned_up() {
 
         drop((interface, tun));
         assert_eq!(rules(), (rule.into(), rule.into()), "a crash leaves the rules");
-        let _tun = Tun::create(TUN_NAME, ALL).unwrap();
+        let _tun = Tun::create(TUN_NAME, 1, ALL).unwrap();
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::Dual);
         assert_eq!((rules(), routes()), ((rule.into(), rule.into()), routed));
@@ -92,7 +93,7 @@ fn interface_is_changed_by_difference_adopted_after_a_crash_and_cleaned_up() {
 #[test]
 fn machine_without_ipv6_is_v4_only() {
     in_netns(async {
-        let _tun = Tun::create(TUN_NAME, ALL).unwrap();
+        let _tun = Tun::create(TUN_NAME, 1, ALL).unwrap();
         std::fs::write(format!("/proc/sys/net/ipv6/conf/{TUN_NAME}/disable_ipv6"), "1").unwrap();
         let mut interface = Interface::new(TUN_NAME).unwrap();
         assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::V4Only);
@@ -105,8 +106,8 @@ fn machine_without_ipv6_is_v4_only() {
 #[test]
 fn second_owner_of_the_tun_device_fails_in_one_sentence() {
     in_netns(async {
-        let _first = Tun::create(TUN_NAME, ALL).unwrap();
-        let error = Tun::create(TUN_NAME, ALL).err().expect("the device is exclusive");
+        let _first = Tun::create(TUN_NAME, 1, ALL).unwrap();
+        let error = Tun::create(TUN_NAME, 1, ALL).err().expect("the device is exclusive");
         assert_eq!(
             error.to_string(),
             "The TUN device tun-firezone is in use by another process; stop that first"
@@ -118,11 +119,11 @@ fn second_owner_of_the_tun_device_fails_in_one_sentence() {
 fn datagrams_carry_their_addresses_and_ecn_and_the_port_is_only_a_wish() {
     in_netns(async {
         ip("link set lo up");
-        let sockets = Sockets::open(SIZES, ALL).unwrap();
+        let sockets = one(Sockets::open(1, SIZES, ALL));
         for socket in [&sockets.v4, &sockets.v6].into_iter().flatten() {
             assert_eq!(socket.port(), 52_625);
         }
-        let other = Sockets::open(SIZES, ALL).unwrap();
+        let other = one(Sockets::open(1, SIZES, ALL));
         assert!(other.v4.as_ref().is_some_and(|s| ![0, 52_625].contains(&s.port())));
 
         let mut receiver = Receiver::new();
@@ -178,8 +179,8 @@ fn datagrams_carry_their_addresses_and_ecn_and_the_port_is_only_a_wish() {
 fn vanished_source_address_costs_its_own_datagrams_only() {
     in_netns(async {
         ip("link set lo up");
-        let sockets = Sockets::open(SIZES, ALL).unwrap();
-        let receiver = Sockets::open(SIZES, ALL).unwrap().v4.unwrap();
+        let sockets = one(Sockets::open(1, SIZES, ALL));
+        let receiver = one(Sockets::open(1, SIZES, ALL)).v4.unwrap();
         let mut outlet = Outlet::new(sockets.v4.unwrap());
         let dst = ([127, 0, 0, 1], receiver.port()).into();
         let src = |ip: &str| Some(SocketAddr::new(ip.parse().unwrap(), 52_625));
@@ -265,8 +266,8 @@ async fn both_ways(allowed: Capabilities, pairs: &[(&str, &str)]) {
 fn dead_worker_ends_the_wait_for_events() {
     type Action = fn(&mut Pipe);
     let table: [(Action, &str); 2] = [
-        (|_| panic!("as the test wants"), "The worker panicked: as the test wants"),
-        (|_| std::thread::sleep(Duration::from_secs(8)), "The worker has been busy with one batch for 2 s"),
+        (|_| panic!("as the test wants"), "Worker 0 panicked: as the test wants"),
+        (|_| std::thread::sleep(Duration::from_secs(8)), "Worker 0 has been busy with one batch for 2 s"),
     ];
     for (action, expect) in table {
         in_netns(async move {
@@ -317,7 +318,7 @@ fn flood_of_one_direction_leaves_turns_to_the_other() {
         let mut pipe = Pipe::new(None);
         pipe.on_command = Some(|_| std::thread::sleep(Duration::from_millis(800)));
         let batches = pipe.batches.clone();
-        let (data, _) = start(pipe);
+        let (mut data, _) = start(pipe);
         let mut interface = Interface::new(TUN_NAME).unwrap();
         interface.configure(addrs(1)).await.unwrap();
         data.send(Command::Relays([].into()));
@@ -368,11 +369,18 @@ fn flood_of_one_direction_leaves_turns_to_the_other() {
 
 #[test]
 fn data_plane_starts_hears_stun_sends_and_closes() {
-    in_netns(async {
+    for workers in [1, 2, 4] {
+        in_netns(start_and_close(workers));
+    }
+}
+
+async fn start_and_close(workers: usize) {
+    {
         ip("link set lo up");
         let start = || {
             DataPlane::start(Config {
                 tun_name: TUN_NAME.into(),
+                workers,
                 private_key: x25519_dalek::StaticSecret::from([7; 32]),
                 allow_own_ip: false,
                 seed: 1,
@@ -400,7 +408,7 @@ fn data_plane_starts_hears_stun_sends_and_closes() {
         data.close().await.unwrap();
         assert_eq!(ip("link show dev tun-firezone"), "", "the device is gone");
         start().unwrap().close().await.unwrap();
-    });
+    }
 }
 
 /// Runs `test` in a network namespace of its own; says so if it cannot.
@@ -511,6 +519,16 @@ impl Core for Pipe {
         self.batches.lock().unwrap().push((true, count));
     }
 
+    fn handle_handovers<'a>(
+        &mut self,
+        _: impl IntoIterator<Item = Handover<'a>>,
+        _: Instant,
+        _: &mut impl Sink,
+    ) {
+    }
+
+    fn handle_moved(&mut self, _: Moved, _: Instant, _: &mut impl Sink) {}
+
     fn handle_timeout(&mut self, _: Instant, _: &mut impl Sink) {}
 
     fn poll_event(&mut self) -> Option<WorkerEvent> {
@@ -540,12 +558,13 @@ fn start(pipe: Pipe) -> (DataPlane, Arc<AtomicU64>) {
 
 fn start_with(pipe: Pipe, allowed: Capabilities) -> (DataPlane, Arc<AtomicU64>) {
     let seen = pipe.seen.clone();
-    let sockets = Sockets::open(SIZES, allowed).unwrap();
-    let for_control = sockets.try_clone().unwrap();
-    let (commands, events) = (Arc::new(Commands::new().unwrap()), Arc::new(Events::default()));
-    let tun = Tun::create(TUN_NAME, allowed).unwrap();
-    let worker = WorkerThread::spawn(pipe, sockets, tun, commands.clone(), events.clone()).unwrap();
-    (DataPlane::of(commands, events, for_control, worker), seen)
+    let pipe = Mutex::new(Some(pipe));
+    let core = |_| pipe.lock().unwrap().take().expect("one worker");
+    (DataPlane::start_with(TUN_NAME, 1, SIZES, allowed, core).unwrap(), seen)
+}
+
+fn one<T>(of: anyhow::Result<Vec<T>>) -> T {
+    of.unwrap().pop().expect("there is one")
 }
 
 /// One namespace's gateway.

@@ -1,4 +1,4 @@
-//! The two queues between control and a worker: commands in, events out.
+//! The two queues between control and the workers: commands in, one for each, and events out, one for all.
 //!
 //! Commands describe state, so of two with one key only the later is kept, and none is ever dropped. Events have a
 //! quota per kind, so that STUN or junk cannot crowd out what sessions have to say. Neither side ever waits for the
@@ -6,36 +6,31 @@
 
 use std::{
     collections::VecDeque,
-    io,
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use gateway_proto::{Command, WorkerEvent, ids::ClientId};
 use rustc_hash::FxHashMap;
-use rustix::event::{EventfdFlags, eventfd};
 use tokio::sync::Notify;
+
+use super::wake::Wake;
 
 /// Commands on their way to a worker, at most one per key, in the order of the latest of each key.
 pub struct Commands {
     pending: Mutex<Pending>,
     /// Whether `pending` holds anything: lets a busy worker look before every batch without the lock.
     any: AtomicBool,
-    wake: OwnedFd,
+    wake: Arc<Wake>,
 }
 
 impl Commands {
-    /// An empty queue with its eventfd.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            pending: Mutex::default(),
-            any: AtomicBool::new(false),
-            wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
-        })
+    /// An empty queue to the worker that `wake` wakes.
+    pub fn new(wake: Arc<Wake>) -> Self {
+        Self { pending: Mutex::default(), any: AtomicBool::new(false), wake }
     }
 
     /// Queues `command` in place of an earlier one with its key and wakes the worker. Never blocks, never drops.
@@ -45,8 +40,7 @@ impl Commands {
         let was_any = self.any.swap(true, Ordering::Release);
         drop(pending);
         if !was_any {
-            // The counter cannot overflow: it is written once per drain. EAGAIN would mean it is readable anyway.
-            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+            self.wake.ring();
         }
     }
 
@@ -60,15 +54,9 @@ impl Commands {
         pending.take(into);
     }
 
-    /// Readable when commands were sent since the last [`Commands::clear_wake`].
-    pub fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
-    }
-
-    /// Makes [`Commands::wake_fd`] unreadable; call it before [`Commands::drain`], never between drain and poll.
-    pub fn clear_wake(&self) {
-        // EAGAIN means it was not readable, which is what we want.
-        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+    /// What wakes the worker; to be cleared before [`Commands::drain`], never between drain and poll.
+    pub fn wake(&self) -> &Wake {
+        &self.wake
     }
 }
 
@@ -211,7 +199,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+    use std::{net::Ipv4Addr, time::Duration};
 
     use gateway_proto::{command::StunDatagram, ids::ConnectionIndex};
     use uuid::Uuid;
@@ -220,7 +208,7 @@ mod tests {
 
     #[test]
     fn only_the_latest_command_of_each_key_is_kept_in_the_order_of_sending() {
-        let queue = Commands::new().unwrap();
+        let queue = queue();
         queue.send(channel(1, Some(5)));
         queue.send(client(1));
         queue.send(Command::Shutdown);
@@ -238,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_stuck_worker_costs_memory_per_key_only() {
-        let queue = Commands::new().unwrap();
+        let queue = queue();
         for i in 0..100_000u32 {
             queue.send(client(u128::from(i % 10)));
         }
@@ -253,12 +241,12 @@ mod tests {
 
     #[test]
     fn eventfd_is_readable_exactly_while_commands_wait() {
-        let queue = Commands::new().unwrap();
+        let queue = queue();
         assert!(!readable(&queue));
         queue.send(client(1));
         queue.send(client(2));
         assert!(readable(&queue));
-        queue.clear_wake();
+        queue.wake().clear();
         queue.drain(&mut Vec::new());
         assert!(!readable(&queue));
         queue.send(client(1));
@@ -290,6 +278,10 @@ mod tests {
         });
         tokio::time::timeout(Duration::from_secs(5), queue.notified()).await.expect("was woken");
         assert_eq!(queue.take().len(), 1);
+    }
+
+    fn queue() -> Commands {
+        Commands::new(Arc::new(Wake::new().unwrap()))
     }
 
     fn client(n: u128) -> Command {
@@ -328,8 +320,7 @@ mod tests {
     }
 
     fn readable(queue: &Commands) -> bool {
-        let mut fds =
-            [rustix::event::PollFd::from_borrowed_fd(queue.wake_fd(), rustix::event::PollFlags::IN)];
+        let mut fds = [rustix::event::PollFd::new(queue.wake(), rustix::event::PollFlags::IN)];
         rustix::event::poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
     }
 }

@@ -1,7 +1,8 @@
 //! The TUN device (cli-and-service.md section 13.1).
 //!
-//! Created through tun-rs, which makes /dev/net/tun if it is missing; never with IFF_MULTI_QUEUE, so that a second
-//! process fails instead of taking half of the traffic. Reads and writes are our own.
+//! Created through tun-rs, which makes /dev/net/tun if it is missing; with IFF_MULTI_QUEUE only for several workers, and
+//! then never one that exists, so that a second process fails instead of taking half of the traffic. Reads and writes
+//! are our own.
 
 use std::{
     io::{self, IoSlice},
@@ -20,36 +21,59 @@ use super::{
 /// Packets the kernel queues for us; 500, the default, loses packets at high rates over long paths.
 const QUEUE_LEN: u32 = 10_000;
 
-/// The open device. It disappears with this.
+/// One queue of the open device, which disappears with the last.
 pub struct Tun {
     device: SyncDevice,
     offloads: Offloads,
 }
 
 impl Tun {
-    /// Creates the device `name`, down and without addresses, in the namespace of the calling thread.
+    /// Creates the device `name`, down and without addresses, in the namespace of the calling thread, and opens a queue
+    /// for each of `workers`, in their order.
     ///
     /// # Errors
     /// One sentence: no right, no TUN driver, or another process has the device.
-    pub fn create(name: &str, allowed: Capabilities) -> Result<Self> {
-        let device = match build(name, allowed.allow(Capability::TunOffload)) {
+    pub fn create(name: &str, workers: usize, allowed: Capabilities) -> Result<Vec<Self>> {
+        let several = workers > 1;
+        // A device with several queues is open to everybody who may: it must be a new one. (Between this look and the
+        // creation somebody might make it; another gateway does not, because it does not get past the lock.)
+        if several && exists(name) {
+            let busy = io::Error::from_raw_os_error(libc::EBUSY);
+            let why = why(name, &busy);
+            return Err(busy).context(why);
+        }
+        let offload = allowed.allow(Capability::TunOffload);
+        let device = match build(name, several, offload) {
             Ok(device) => device,
-            Err(e) if allowed.allow(Capability::TunOffload) && e.raw_os_error() == Some(libc::EINVAL) => {
+            Err(e) if offload && e.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::info!("The kernel offers no offloads on TUN devices: {e}");
-                build(name, false).with_context(|| why(name, &e))?
+                build(name, several, false).with_context(|| why(name, &e))?
             }
             Err(e) => {
                 let why = why(name, &e);
                 return Err(e).context(why);
             }
         };
-        device.set_nonblocking(true).context("Failed to make the TUN device non-blocking")?;
         if let Err(e) = device.set_tx_queue_len(QUEUE_LEN) {
             tracing::info!("The queue of {name} keeps its length: {e}");
         }
-        let offloads =
-            Offloads { vnet: device.tcp_gso(), uso: device.udp_gso() && allowed.allow(Capability::TunUso) };
-        Ok(Self { device, offloads })
+        let mut queues = vec![device];
+        while queues.len() < workers {
+            let next = queues[0].try_clone();
+            queues.push(next.with_context(|| {
+                format!(
+                    "Failed to open queue {} of the TUN device {name}; start with fewer --workers",
+                    queues.len()
+                )
+            })?);
+        }
+        let queue = |device: SyncDevice| {
+            device.set_nonblocking(true).context("Failed to make the TUN device non-blocking")?;
+            let uso = device.udp_gso() && allowed.allow(Capability::TunUso);
+            let offloads = Offloads { vnet: device.tcp_gso(), uso };
+            Ok(Self { device, offloads })
+        };
+        queues.into_iter().map(queue).collect()
     }
 
     /// Says what of the offloads the kernel does not offer.
@@ -99,16 +123,24 @@ impl AsFd for Tun {
     }
 }
 
-fn build(name: &str, offload: bool) -> io::Result<SyncDevice> {
+fn build(name: &str, several: bool, offload: bool) -> io::Result<SyncDevice> {
     let mtu = u16::try_from(MAX_INNER).unwrap_or(u16::MAX);
     DeviceBuilder::new()
         .name(name)
         .mtu(mtu)
         .enable(false)
         .with(|builder| {
-            builder.offload(offload).multi_queue(false).packet_information(false);
+            builder.offload(offload).multi_queue(several).packet_information(false);
         })
         .build_sync()
+}
+
+/// Whether this network namespace has an interface `name`.
+fn exists(name: &str) -> bool {
+    use rustix::net::{AddressFamily, SocketType, netdevice::name_to_index, socket};
+    socket(AddressFamily::INET, SocketType::DGRAM, None)
+        .or_else(|_| socket(AddressFamily::INET6, SocketType::DGRAM, None))
+        .is_ok_and(|socket| name_to_index(socket, name).is_ok())
 }
 
 fn why(name: &str, error: &io::Error) -> String {

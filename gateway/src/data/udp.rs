@@ -1,4 +1,5 @@
-//! The two UDP sockets of the data plane: how they are opened, and batches in (connections.md section 2).
+//! The UDP sockets of the data plane, two for each worker: how they are opened, and batches in (connections.md
+//! section 2).
 //!
 //! Everything travels through these: relay control traffic, relayed data, direct data. Batches out are `gso.rs`.
 
@@ -71,7 +72,7 @@ impl BufferSizes {
     }
 }
 
-/// The sockets; at least one is there.
+/// A worker's sockets; at least one is there.
 pub struct Sockets {
     /// 0.0.0.0
     pub v4: Option<DataSocket>,
@@ -80,22 +81,27 @@ pub struct Sockets {
 }
 
 impl Sockets {
-    /// Opens both families; one may be missing on this machine.
+    /// Opens both families for each of `workers`; one family may be missing on this machine. The sockets of one family
+    /// share a port, in the order of the workers.
     ///
     /// # Errors
     /// Neither family works, or the mark that keeps our packets out of our own tunnel is refused.
-    pub fn open(sizes: BufferSizes, allowed: Capabilities) -> Result<Self> {
-        let v4 = DataSocket::open(Ipv4Addr::UNSPECIFIED.into(), sizes, allowed)?;
-        let v6 = DataSocket::open(Ipv6Addr::UNSPECIFIED.into(), sizes, allowed)?;
+    pub fn open(workers: usize, sizes: BufferSizes, allowed: Capabilities) -> Result<Vec<Self>> {
+        let v4 = DataSocket::open(workers, Ipv4Addr::UNSPECIFIED.into(), sizes, allowed)?;
+        let v6 = DataSocket::open(workers, Ipv6Addr::UNSPECIFIED.into(), sizes, allowed)?;
         match (&v4, &v6) {
             (Err(v4), Err(v6)) => bail!("No UDP socket could be opened: IPv4: {v4}; IPv6: {v6}"),
             (Err(e), _) => tracing::info!("Going on without IPv4: {e}"),
             (_, Err(e)) => tracing::info!("Going on without IPv6: {e}"),
             _ => {}
         }
-        let sockets = Self { v4: v4.ok(), v6: v6.ok() };
+        let mut v4 = v4.unwrap_or_default().into_iter();
+        let mut v6 = v6.unwrap_or_default().into_iter();
+        let sockets: Vec<Self> = (0..workers).map(|_| Self { v4: v4.next(), v6: v6.next() }).collect();
         let port = |socket: &Option<DataSocket>| socket.as_ref().map(DataSocket::port);
-        tracing::info!(ipv4_port = port(&sockets.v4), ipv6_port = port(&sockets.v6), "UDP sockets are open");
+        if let Some(first) = sockets.first() {
+            tracing::info!(ipv4_port = port(&first.v4), ipv6_port = port(&first.v6), "UDP sockets are open");
+        }
         Ok(sockets)
     }
 
@@ -150,30 +156,33 @@ pub struct DataSocket {
 }
 
 impl DataSocket {
-    /// The outer error ends the gateway; the inner one means that this family is not available.
-    fn open(ip: IpAddr, sizes: BufferSizes, allowed: Capabilities) -> Result<io::Result<Self>> {
-        let domain = if ip.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
-        let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
-            Ok(socket) => socket,
-            Err(e) => return Ok(Err(e)),
-        };
-        socket.set_mark(MARK).context(
-            "Failed to mark a UDP socket (SO_MARK), without which the tunnel would carry its own packets; \
-             run as root or grant CAP_NET_ADMIN",
-        )?;
-        Ok(Self::set_up(socket, ip, sizes, allowed))
+    /// One for each of `workers`, all on one port. The outer error ends the gateway; the inner one means that this family
+    /// is not available.
+    fn open(
+        workers: usize,
+        ip: IpAddr,
+        sizes: BufferSizes,
+        allowed: Capabilities,
+    ) -> Result<io::Result<Vec<Self>>> {
+        let mut sockets = Vec::with_capacity(workers);
+        for _ in 0..workers {
+            let domain = if ip.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+            let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
+                Ok(socket) => socket,
+                Err(e) => return Ok(Err(e)),
+            };
+            socket.set_mark(MARK).context(
+                "Failed to mark a UDP socket (SO_MARK), without which the tunnel would carry its own packets; \
+                 run as root or grant CAP_NET_ADMIN",
+            )?;
+            sockets.push(socket);
+        }
+        Ok(bind_group(&sockets, ip).and_then(|()| {
+            sockets.into_iter().map(|socket| Self::set_up(socket, ip, sizes, allowed)).collect()
+        }))
     }
 
     fn set_up(socket: Socket, ip: IpAddr, sizes: BufferSizes, allowed: Capabilities) -> io::Result<Self> {
-        if ip.is_ipv6() {
-            socket.set_only_v6(true)?;
-            if let Err(e) = setsockopt(&socket, Ipv6AddrPreferences, &PREFER_PUBLIC) {
-                tracing::debug!("Temporary IPv6 source addresses stay preferred: {e}");
-            }
-        }
-        if socket.bind(&SocketAddr::new(ip, PORT).into()).is_err() {
-            socket.bind(&SocketAddr::new(ip, 0).into())?;
-        }
         size_buffers(&socket, sizes);
         let socket = UdpSocket::from(socket);
         let state = state_of(&socket, allowed)?;
@@ -221,6 +230,36 @@ impl AsFd for DataSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Binds `sockets` to one port of `ip`, the usual one if nobody has it.
+///
+/// The first is bound without SO_REUSEPORT: a stranger on the port is an error then, even one with that option, whose
+/// group we would otherwise join and share its packets. Once the port is ours, the group is opened to the others
+/// (a group begins with whoever is bound and has the option when the second comes).
+fn bind_group(sockets: &[Socket], ip: IpAddr) -> io::Result<()> {
+    let mut port = PORT;
+    for (i, socket) in sockets.iter().enumerate() {
+        if ip.is_ipv6() {
+            socket.set_only_v6(true)?;
+            if let Err(e) = setsockopt(socket, Ipv6AddrPreferences, &PREFER_PUBLIC) {
+                tracing::debug!("Temporary IPv6 source addresses stay preferred: {e}");
+            }
+        }
+        if i > 0 {
+            socket.set_reuse_port(true)?;
+            socket.bind(&SocketAddr::new(ip, port).into())?;
+            continue;
+        }
+        if socket.bind(&SocketAddr::new(ip, port).into()).is_err() {
+            socket.bind(&SocketAddr::new(ip, 0).into())?;
+        }
+        port = socket.local_addr()?.as_socket().map_or(0, |addr| addr.port());
+        if sockets.len() > 1 {
+            socket.set_reuse_port(true)?;
+        }
+    }
+    Ok(())
 }
 
 /// quinn-udp's state of a socket, which sets its options.

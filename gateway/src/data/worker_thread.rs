@@ -1,19 +1,8 @@
-//! The thread of one worker: waits for devices, commands and deadlines, and feeds the core batches.
-//!
-//! ```text
-//! poll(eventfd, udp4, udp6, tun, deadline)
-//!   -> commands                     before every batch, so that a revocation acts on the next packet
-//!   -> udp4, then udp6, then tun    each drained within a budget: the replay window bounds how far one path may
-//!                                   run ahead of another
-//!   -> timers -> flush -> events
-//! ```
-//!
-//! Plain thread, no runtime: nothing else may delay a batch. The clock is read once per batch.
+//! The thread of one worker as control sees it: how it starts and ends, whether it is alive, and its figures.
 
 use std::{
-    io::{self, ErrorKind},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -21,110 +10,22 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use gateway_common::{Counters, DropReason};
-use gateway_proto::{
-    Command, Datagram, Route, Sink, WorkerEvent,
-    worker::{Traffic, Worker},
-};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use gateway_common::Counters;
+use gateway_proto::{Command, WorkerId, worker::Traffic};
 
 use super::{
-    coalesce::Writer,
-    gso::Outlet,
     queue::{Commands, Events},
-    split::Reader,
-    tun::Tun,
-    udp::{Receiver, Sockets},
+    turn::{Core, Seat, run},
 };
-
-/// What the thread drives: the sans-IO worker, or a test's stand-in.
-pub trait Core: Send + 'static {
-    /// See [`Worker::handle_command`].
-    fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink);
-    /// See [`Worker::handle_datagrams`].
-    fn handle_datagrams<'a>(
-        &mut self,
-        batch: impl IntoIterator<Item = Datagram<'a>>,
-        now: Instant,
-        sink: &mut impl Sink,
-    );
-    /// See [`Worker::handle_packets`].
-    fn handle_packets<'a>(
-        &mut self,
-        batch: impl IntoIterator<Item = &'a mut [u8]>,
-        now: Instant,
-        sink: &mut impl Sink,
-    );
-    /// See [`Worker::handle_timeout`].
-    fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink);
-    /// See [`Worker::poll_event`].
-    fn poll_event(&mut self) -> Option<WorkerEvent>;
-    /// See [`Worker::poll_timeout`].
-    fn poll_timeout(&self) -> Option<Instant>;
-    /// See [`Worker::counters_mut`].
-    fn counters_mut(&mut self) -> &mut Counters;
-    /// See [`Worker::traffic`].
-    fn traffic(&self) -> Traffic;
-}
-
-impl Core for Worker {
-    fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink) {
-        self.handle_command(command, now, sink);
-    }
-    fn handle_datagrams<'a>(
-        &mut self,
-        batch: impl IntoIterator<Item = Datagram<'a>>,
-        now: Instant,
-        sink: &mut impl Sink,
-    ) {
-        self.handle_datagrams(batch, now, sink);
-    }
-    fn handle_packets<'a>(
-        &mut self,
-        batch: impl IntoIterator<Item = &'a mut [u8]>,
-        now: Instant,
-        sink: &mut impl Sink,
-    ) {
-        self.handle_packets(batch, now, sink);
-    }
-    fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink) {
-        self.handle_timeout(now, sink);
-    }
-    fn poll_event(&mut self) -> Option<WorkerEvent> {
-        self.poll_event()
-    }
-    fn poll_timeout(&self) -> Option<Instant> {
-        self.poll_timeout()
-    }
-    fn counters_mut(&mut self) -> &mut Counters {
-        self.counters_mut()
-    }
-    fn traffic(&self) -> Traffic {
-        *self.traffic()
-    }
-}
 
 /// Control's view of the thread.
 pub struct WorkerThread {
+    id: WorkerId,
+    commands: Arc<Commands>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Result<()>>>,
     /// The turn that the last look found under way, and how many looks found the same.
     seen: (u64, u32),
-}
-
-/// What both threads see.
-#[derive(Default)]
-struct Shared {
-    /// Odd while a turn is under way, even while the thread waits.
-    turn: AtomicU64,
-    ended: AtomicBool,
-    figures: Mutex<Figures>,
-}
-
-#[derive(Default)]
-struct Figures {
-    counters: Counters,
-    traffic: Traffic,
 }
 
 /// Looks, a second apart, that must find one turn unfinished before the worker counts as stalled: 2 s at least, and
@@ -136,23 +37,25 @@ impl WorkerThread {
     ///
     /// # Errors
     /// It cannot be created.
-    pub fn spawn(
-        core: impl Core,
-        sockets: Sockets,
-        tun: Tun,
-        commands: Arc<Commands>,
-        events: Arc<Events>,
-    ) -> Result<Self> {
+    pub fn spawn(core: impl Core, seat: Seat) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let ended = Ended { shared: shared.clone(), events: events.clone() };
+        let (id, commands) = (seat.id, Arc::clone(&seat.commands));
+        let ended = Ended { shared: shared.clone(), events: seat.events.clone() };
         let thread = std::thread::Builder::new()
-            .name("worker-0".into())
-            .spawn(move || {
-                let shared = ended.shared.clone();
-                run(core, sockets, &tun, &commands, &events, &shared)
-            })
-            .context("Failed to start the worker's thread")?;
-        Ok(Self { shared, thread: Some(thread), seen: (0, 0) })
+            .name(format!("worker-{id}"))
+            .spawn(move || run(core, seat, &ended.shared))
+            .with_context(|| format!("Failed to start the thread of worker {id}"))?;
+        Ok(Self { id, commands, shared, thread: Some(thread), seen: (0, 0) })
+    }
+
+    /// Which one it is.
+    pub fn id(&self) -> WorkerId {
+        self.id
+    }
+
+    /// Tells it what is true; see [`Commands::send`].
+    pub fn send(&self, command: Command) {
+        self.commands.send(command);
     }
 
     /// # Errors
@@ -161,9 +64,11 @@ impl WorkerThread {
         if !self.shared.ended.load(Ordering::Acquire) {
             return Ok(());
         }
-        let thread = self.thread.take().context("The worker has ended")?;
-        join(thread)?;
-        bail!("The worker has ended");
+        let id = self.id;
+        if let Some(thread) = self.thread.take() {
+            join(id, thread)?;
+        }
+        bail!("Worker {id} has ended");
     }
 
     /// Call once a second.
@@ -180,7 +85,8 @@ impl WorkerThread {
         *looks += 1;
         if *looks >= STALLED_LOOKS {
             bail!(
-                "The worker has been busy with one batch for 2 s; giving up so that a fresh process can take over"
+                "Worker {} has been busy with one batch for 2 s; giving up so that a fresh process can take over",
+                self.id
             );
         }
         Ok(())
@@ -199,32 +105,60 @@ impl WorkerThread {
     /// Waits for the thread, which ends after [`Command::Shutdown`].
     ///
     /// # Errors
-    /// It failed, or goes on for longer than `within`.
-    pub async fn join(&mut self, within: Duration) -> Result<()> {
+    /// It failed, or goes on until the deadline.
+    pub async fn join(&mut self, deadline: Instant) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
-        let deadline = Instant::now() + within;
         while !thread.is_finished() {
             if Instant::now() >= deadline {
-                bail!("The worker did not end within {within:?}");
+                bail!("Worker {} did not end in time", self.id);
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        join(thread)
+        join(self.id, thread)
     }
 }
 
-fn join(thread: JoinHandle<Result<()>>) -> Result<()> {
+fn join(id: WorkerId, thread: JoinHandle<Result<()>>) -> Result<()> {
     thread.join().unwrap_or_else(|panic| {
         let text = panic
             .downcast_ref::<&str>()
             .copied()
             .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-        Err(anyhow!("The worker panicked: {}", text.unwrap_or("no message")))
+        Err(anyhow!("Worker {id} panicked: {}", text.unwrap_or("no message")))
     })
 }
 
+/// What both threads see.
+#[derive(Default)]
+pub struct Shared {
+    /// Odd while a turn is under way, even while the thread waits.
+    turn: AtomicU64,
+    ended: AtomicBool,
+    figures: Mutex<Figures>,
+}
+
+#[derive(Default)]
+struct Figures {
+    counters: Counters,
+    traffic: Traffic,
+}
+
 impl Shared {
-    fn figures(&self) -> std::sync::MutexGuard<'_, Figures> {
+    /// The thread has something to do.
+    pub fn begin_turn(&self) {
+        self.turn.fetch_add(1, Ordering::Release);
+    }
+
+    /// The thread has done it; this is what it did since it began.
+    pub fn end_turn(&self, counters: &Counters, traffic: Traffic) {
+        let mut figures = self.figures();
+        figures.counters.clone_from(counters);
+        figures.traffic = traffic;
+        drop(figures);
+        self.turn.fetch_add(1, Ordering::Release);
+    }
+
+    fn figures(&self) -> MutexGuard<'_, Figures> {
         self.figures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -239,289 +173,5 @@ impl Drop for Ended {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::Release);
         self.events.wake();
-    }
-}
-
-fn run(
-    core: impl Core,
-    sockets: Sockets,
-    tun: &Tun,
-    commands: &Commands,
-    events: &Events,
-    shared: &Shared,
-) -> Result<()> {
-    let now = Instant::now();
-    let mut turn = Turn {
-        core,
-        out: Outgoing {
-            tun: Writer::new(tun),
-            v4: sockets.v4.map(Outlet::new),
-            v6: sockets.v6.map(Outlet::new),
-            drops: Counters::default(),
-            now,
-            reserved_v6: false,
-        },
-        commands,
-        drained: Vec::new(),
-        receiver: Receiver::new(),
-        reader: Reader::new(tun.has_headers()),
-        socket_errors: 0,
-        shut_down: false,
-    };
-    let mut spilled: Vec<WorkerEvent> = Vec::new();
-    loop {
-        let ready = wait(commands, &turn.out, tun, turn.deadline())?;
-        shared.turn.fetch_add(1, Ordering::Release);
-        turn.take(&ready, tun)?;
-        spilled.extend(std::iter::from_fn(|| turn.core.poll_event()));
-        let refused = events.push(spilled.drain(..));
-        turn.core.counters_mut().add(DropReason::ControlQueueFull, refused);
-        {
-            let mut figures = shared.figures();
-            figures.counters.clone_from(turn.core.counters_mut());
-            figures.traffic = turn.core.traffic();
-        }
-        shared.turn.fetch_add(1, Ordering::Release);
-        if turn.shut_down {
-            turn.out.linger(Duration::from_millis(500));
-            return Ok(());
-        }
-    }
-}
-
-/// What woke the thread.
-#[derive(Debug, Default)]
-struct Ready {
-    commands: bool,
-    v4_in: bool,
-    v4_out: bool,
-    v6_in: bool,
-    v6_out: bool,
-    tun: bool,
-}
-
-/// Sleeps until something is to be done. A socket's writability is only waited for while its outlet is blocked.
-fn wait(commands: &Commands, out: &Outgoing<'_>, tun: &Tun, deadline: Option<Instant>) -> io::Result<Ready> {
-    let timeout = deadline.map(|deadline| {
-        let left = deadline.saturating_duration_since(Instant::now());
-        Timespec {
-            tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        }
-    });
-    let mut fds = arrayvec::ArrayVec::<PollFd<'_>, 4>::new();
-    fds.push(PollFd::from_borrowed_fd(commands.wake_fd(), PollFlags::IN));
-    fds.push(PollFd::new(tun, PollFlags::IN));
-    for outlet in [&out.v4, &out.v6].into_iter().flatten() {
-        let wanted = if outlet.is_blocked() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
-        fds.push(PollFd::new(outlet.socket(), wanted));
-    }
-    match poll(&mut fds, timeout.as_ref()) {
-        Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
-        Ok(_) => {}
-        Err(e) => return Err(e.into()),
-    }
-    let bad = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
-    let mut of_sockets = fds[2..].iter().map(|fd| fd.revents());
-    let mut of = |outlet: &Option<Outlet>| {
-        outlet.as_ref().and_then(|_| of_sockets.next()).unwrap_or(PollFlags::empty())
-    };
-    let (v4, v6) = (of(&out.v4), of(&out.v6));
-    Ok(Ready {
-        commands: fds[0].revents().contains(PollFlags::IN),
-        tun: fds[1].revents().intersects(PollFlags::IN | bad),
-        v4_in: v4.intersects(PollFlags::IN | bad),
-        v4_out: v4.contains(PollFlags::OUT),
-        v6_in: v6.intersects(PollFlags::IN | bad),
-        v6_out: v6.contains(PollFlags::OUT),
-    })
-}
-
-/// Everything the thread works with.
-struct Turn<'a, C> {
-    core: C,
-    out: Outgoing<'a>,
-    commands: &'a Commands,
-    drained: Vec<Command>,
-    receiver: Receiver,
-    reader: Reader,
-    /// Failed receives in a row.
-    socket_errors: u32,
-    shut_down: bool,
-}
-
-/// Packets after which a turn goes on to the next socket or device, a few milliseconds of work: what counts is
-/// packets, for one `recvmmsg` may bring 32 of them or 2048. It also bounds how far one path runs ahead of another.
-const BUDGET: usize = 1024;
-/// Failed receives in a row after which a socket is given up.
-const MAX_SOCKET_ERRORS: u32 = 1000;
-/// The thread sleeps at least this long before a deadline that has passed already: a deadline that does not move is
-/// a bug, but must not become a busy loop.
-const MIN_SLEEP: Duration = Duration::from_millis(1);
-
-impl<C: Core> Turn<'_, C> {
-    fn deadline(&self) -> Option<Instant> {
-        self.core.poll_timeout().map(|deadline| deadline.max(self.out.now + MIN_SLEEP))
-    }
-
-    fn take(&mut self, ready: &Ready, tun: &Tun) -> Result<()> {
-        self.out.now = Instant::now();
-        if ready.commands {
-            self.commands.clear_wake();
-        }
-        self.drain_commands();
-        if ready.v4_out || ready.v6_out {
-            self.out.flush();
-        }
-        if ready.v4_in {
-            self.receive(Family::V4)?;
-        }
-        if ready.v6_in {
-            self.receive(Family::V6)?;
-        }
-        if ready.tun {
-            self.read(tun)?;
-        }
-        if self.core.poll_timeout().is_some_and(|deadline| deadline <= self.out.now) {
-            self.core.handle_timeout(self.out.now, &mut self.out);
-        }
-        self.end_batch();
-        Ok(())
-    }
-
-    fn drain_commands(&mut self) {
-        self.commands.drain(&mut self.drained);
-        for command in self.drained.drain(..) {
-            self.shut_down |= matches!(command, Command::Shutdown);
-            self.core.handle_command(command, self.out.now, &mut self.out);
-        }
-    }
-
-    fn receive(&mut self, family: Family) -> Result<()> {
-        let mut taken = 0;
-        loop {
-            let outlet = match family {
-                Family::V4 => &self.out.v4,
-                Family::V6 => &self.out.v6,
-            };
-            let Some(outlet) = outlet else { return Ok(()) };
-            let received = match self.receiver.recv(outlet.socket()) {
-                Ok(received) => received,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(e) => {
-                    self.socket_errors += 1;
-                    if self.socket_errors >= MAX_SOCKET_ERRORS {
-                        return Err(e)
-                            .with_context(|| format!("The {family:?} UDP socket cannot receive any more"));
-                    }
-                    tracing::debug!("Failed to receive on the {family:?} UDP socket: {e}");
-                    return Ok(());
-                }
-            };
-            self.socket_errors = 0;
-            taken += received.count();
-            let more = received.is_full() && taken < BUDGET;
-            let datagrams = received.datagrams(&mut self.out.drops);
-            self.core.handle_datagrams(datagrams, self.out.now, &mut self.out);
-            self.end_batch();
-            if !more {
-                return Ok(());
-            }
-            self.begin_batch();
-        }
-    }
-
-    fn read(&mut self, tun: &Tun) -> Result<()> {
-        let mut taken = 0;
-        loop {
-            let more = self
-                .reader
-                .fill(|buffer| tun.read(buffer), &mut self.out.drops)
-                .context("The TUN device is gone; was it deleted?")?;
-            taken += self.reader.count();
-            if self.reader.count() > 0 {
-                self.core.handle_packets(self.reader.packets(), self.out.now, &mut self.out);
-                self.end_batch();
-            }
-            if !more || taken >= BUDGET {
-                return Ok(());
-            }
-            self.begin_batch();
-        }
-    }
-
-    fn begin_batch(&mut self) {
-        self.out.now = Instant::now();
-        self.drain_commands();
-    }
-
-    fn end_batch(&mut self) {
-        self.out.flush();
-        let drops = std::mem::take(&mut self.out.drops);
-        self.core.counters_mut().merge(&drops);
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Family {
-    V4,
-    V6,
-}
-
-/// The worker's ways out.
-struct Outgoing<'a> {
-    tun: Writer<&'a Tun>,
-    v4: Option<Outlet>,
-    v6: Option<Outlet>,
-    drops: Counters,
-    now: Instant,
-    reserved_v6: bool,
-}
-
-impl Outgoing<'_> {
-    fn flush(&mut self) {
-        self.tun.flush(self.now, &mut self.drops);
-        for outlet in [&mut self.v4, &mut self.v6].into_iter().flatten() {
-            outlet.flush(self.now, &mut self.drops);
-        }
-    }
-
-    /// Sends what still waits, for at most `limit`: the last goodbyes.
-    fn linger(&mut self, limit: Duration) {
-        let deadline = Instant::now() + limit;
-        while [&self.v4, &self.v6].into_iter().flatten().any(Outlet::is_blocked) && Instant::now() < deadline
-        {
-            std::thread::sleep(Duration::from_millis(1));
-            self.flush();
-        }
-    }
-}
-
-impl Sink for Outgoing<'_> {
-    fn reserve_packet(&mut self, len: usize) -> Option<&mut [u8]> {
-        self.tun.reserve(len, self.now, &mut self.drops)
-    }
-
-    fn commit_packet(&mut self, len: usize) {
-        self.tun.commit(len, self.now);
-    }
-
-    fn reserve_datagram(&mut self, route: &Route, len: usize) -> Option<&mut [u8]> {
-        self.reserved_v6 = route.dst.is_ipv6();
-        let outlet = if self.reserved_v6 { &mut self.v6 } else { &mut self.v4 };
-        outlet.as_mut()?.reserve(route, len, self.now, &mut self.drops)
-    }
-
-    fn commit_datagram(&mut self, len: usize) {
-        let outlet = if self.reserved_v6 { &mut self.v6 } else { &mut self.v4 };
-        if let Some(outlet) = outlet {
-            outlet.commit(len);
-        }
-    }
-    fn hand_over(&mut self, _: gateway_proto::WorkerId, _: &gateway_proto::Handover<'_>) -> bool {
-        unreachable!("there is one worker")
-    }
-    fn give(&mut self, _: gateway_proto::WorkerId, _: gateway_proto::worker::Moved) {
-        unreachable!("there is one worker")
     }
 }

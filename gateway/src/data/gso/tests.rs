@@ -1,3 +1,5 @@
+//! Batches of datagrams against a kernel in memory that refuses, blocks and fails.
+
 #![expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
 
 use std::{collections::HashMap, net::Ipv4Addr};

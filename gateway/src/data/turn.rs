@@ -1,0 +1,463 @@
+//! One turn of a worker's thread after the other: waits for devices, other workers, commands and deadlines, and feeds
+//! the core batches.
+//!
+//! ```text
+//! poll(eventfd, udp4, udp6, tun, deadline)
+//!   -> commands                     before every batch, so that a revocation acts on the next packet
+//!   -> moved clients, handovers     what reached other workers and is ours
+//!   -> udp4, then udp6, then tun    each drained within a budget: the replay window bounds how far one path may
+//!                                   run ahead of another
+//!   -> timers -> flush -> events
+//! ```
+//!
+//! Plain thread, no runtime: nothing else may delay a batch. The clock is read once per batch.
+
+use std::{
+    io::{self, ErrorKind},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use gateway_common::{Counters, DropReason};
+use gateway_proto::{
+    Command, Datagram, Handover, Route, Sink, WorkerEvent, WorkerId,
+    worker::{Moved, Traffic, Worker},
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::{
+    coalesce::Writer,
+    gso::Outlet,
+    links::{Inbox, Outbox},
+    queue::{Commands, Events},
+    split::Reader,
+    tun::Tun,
+    udp::{Receiver, Sockets},
+    worker_thread::Shared,
+};
+
+/// All that one worker's thread has to do with.
+pub struct Seat {
+    /// Which worker it is.
+    pub id: WorkerId,
+    /// Its sockets.
+    pub sockets: Sockets,
+    /// Its queue of the TUN device.
+    pub tun: Tun,
+    /// What control says to it.
+    pub commands: Arc<Commands>,
+    /// What the workers say to control.
+    pub events: Arc<Events>,
+    /// What other workers pass to it.
+    pub inbox: Inbox,
+    /// What it passes to them.
+    pub outbox: Outbox,
+}
+
+/// The life of the thread: until [`Command::Shutdown`] or an error.
+pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
+    let Seat { sockets, tun, commands, events, inbox, outbox, .. } = seat;
+    let (tun, commands) = (&tun, &*commands);
+    let now = Instant::now();
+    let mut turn = Turn {
+        core,
+        out: Outgoing {
+            tun: Writer::new(tun),
+            v4: sockets.v4.map(Outlet::new),
+            v6: sockets.v6.map(Outlet::new),
+            outbox,
+            drops: Counters::default(),
+            now,
+            reserved_v6: false,
+        },
+        commands,
+        inbox,
+        drained: Vec::new(),
+        receiver: Receiver::new(),
+        reader: Reader::new(tun.has_headers()),
+        socket_errors: 0,
+        shut_down: false,
+    };
+    let mut spilled: Vec<WorkerEvent> = Vec::new();
+    loop {
+        let ready = wait(commands, &turn.inbox, &turn.out, tun, turn.deadline())?;
+        shared.begin_turn();
+        turn.take(&ready, tun)?;
+        spilled.extend(std::iter::from_fn(|| turn.core.poll_event()));
+        let refused = events.push(spilled.drain(..));
+        turn.core.counters_mut().add(DropReason::ControlQueueFull, refused);
+        let traffic = turn.core.traffic();
+        shared.end_turn(turn.core.counters_mut(), traffic);
+        if turn.shut_down {
+            turn.out.linger(Duration::from_millis(500));
+            return Ok(());
+        }
+    }
+}
+
+/// What the thread drives: the sans-IO worker, or a test's stand-in.
+pub trait Core: Send + 'static {
+    /// See [`Worker::handle_command`].
+    fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink);
+    /// See [`Worker::handle_datagrams`].
+    fn handle_datagrams<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = Datagram<'a>>,
+        now: Instant,
+        sink: &mut impl Sink,
+    );
+    /// See [`Worker::handle_packets`].
+    fn handle_packets<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = &'a mut [u8]>,
+        now: Instant,
+        sink: &mut impl Sink,
+    );
+    /// See [`Worker::handle_handovers`].
+    fn handle_handovers<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = Handover<'a>>,
+        now: Instant,
+        sink: &mut impl Sink,
+    );
+    /// See [`Worker::handle_moved`].
+    fn handle_moved(&mut self, moved: Moved, now: Instant, sink: &mut impl Sink);
+    /// See [`Worker::handle_timeout`].
+    fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink);
+    /// See [`Worker::poll_event`].
+    fn poll_event(&mut self) -> Option<WorkerEvent>;
+    /// See [`Worker::poll_timeout`].
+    fn poll_timeout(&self) -> Option<Instant>;
+    /// See [`Worker::counters_mut`].
+    fn counters_mut(&mut self) -> &mut Counters;
+    /// See [`Worker::traffic`].
+    fn traffic(&self) -> Traffic;
+}
+
+impl Core for Worker {
+    fn handle_command(&mut self, command: Command, now: Instant, sink: &mut impl Sink) {
+        self.handle_command(command, now, sink);
+    }
+    fn handle_datagrams<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = Datagram<'a>>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) {
+        self.handle_datagrams(batch, now, sink);
+    }
+    fn handle_packets<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = &'a mut [u8]>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) {
+        self.handle_packets(batch, now, sink);
+    }
+    fn handle_handovers<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = Handover<'a>>,
+        now: Instant,
+        sink: &mut impl Sink,
+    ) {
+        self.handle_handovers(batch, now, sink);
+    }
+    fn handle_moved(&mut self, moved: Moved, now: Instant, sink: &mut impl Sink) {
+        self.handle_moved(moved, now, sink);
+    }
+    fn handle_timeout(&mut self, now: Instant, sink: &mut impl Sink) {
+        self.handle_timeout(now, sink);
+    }
+    fn poll_event(&mut self) -> Option<WorkerEvent> {
+        self.poll_event()
+    }
+    fn poll_timeout(&self) -> Option<Instant> {
+        self.poll_timeout()
+    }
+    fn counters_mut(&mut self) -> &mut Counters {
+        self.counters_mut()
+    }
+    fn traffic(&self) -> Traffic {
+        *self.traffic()
+    }
+}
+
+/// What woke the thread.
+#[derive(Debug, Default)]
+struct Ready {
+    called: bool,
+    v4_in: bool,
+    v4_out: bool,
+    v6_in: bool,
+    v6_out: bool,
+    tun: bool,
+}
+
+/// Sleeps until something is to be done. A socket's writability is only waited for while its outlet is blocked.
+fn wait(
+    commands: &Commands,
+    inbox: &Inbox,
+    out: &Outgoing<'_>,
+    tun: &Tun,
+    deadline: Option<Instant>,
+) -> io::Result<Ready> {
+    let timeout = deadline.map(|deadline| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        Timespec {
+            tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: left.subsec_nanos().into(),
+        }
+    });
+    let mut fds = arrayvec::ArrayVec::<PollFd<'_>, 4>::new();
+    fds.push(PollFd::new(commands.wake(), PollFlags::IN));
+    fds.push(PollFd::new(tun, PollFlags::IN));
+    for outlet in [&out.v4, &out.v6].into_iter().flatten() {
+        let wanted = if outlet.is_blocked() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+        fds.push(PollFd::new(outlet.socket(), wanted));
+    }
+    let at_once = inbox.fall_asleep().then_some(Timespec { tv_sec: 0, tv_nsec: 0 });
+    let polled = poll(&mut fds, at_once.as_ref().or(timeout.as_ref()));
+    inbox.wake_up();
+    match polled {
+        Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
+        Ok(_) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let bad = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
+    let mut of_sockets = fds[2..].iter().map(|fd| fd.revents());
+    let mut of = |outlet: &Option<Outlet>| {
+        outlet.as_ref().and_then(|_| of_sockets.next()).unwrap_or(PollFlags::empty())
+    };
+    let (v4, v6) = (of(&out.v4), of(&out.v6));
+    Ok(Ready {
+        called: fds[0].revents().contains(PollFlags::IN),
+        tun: fds[1].revents().intersects(PollFlags::IN | bad),
+        v4_in: v4.intersects(PollFlags::IN | bad),
+        v4_out: v4.contains(PollFlags::OUT),
+        v6_in: v6.intersects(PollFlags::IN | bad),
+        v6_out: v6.contains(PollFlags::OUT),
+    })
+}
+
+/// Everything the thread works with.
+struct Turn<'a, C> {
+    core: C,
+    out: Outgoing<'a>,
+    commands: &'a Commands,
+    inbox: Inbox,
+    drained: Vec<Command>,
+    receiver: Receiver,
+    reader: Reader,
+    /// Failed receives in a row.
+    socket_errors: u32,
+    shut_down: bool,
+}
+
+/// Packets after which a turn goes on to the next socket or device, a few milliseconds of work: what counts is
+/// packets, for one `recvmmsg` may bring 32 of them or 2048. It also bounds how far one path runs ahead of another.
+const BUDGET: usize = 1024;
+/// Packets that a worker takes from each other worker's ring in one turn, however many there are.
+const MIN_SHARE: usize = 32;
+/// Failed receives in a row after which a socket is given up.
+const MAX_SOCKET_ERRORS: u32 = 1000;
+/// The thread sleeps at least this long before a deadline that has passed already: a deadline that does not move is
+/// a bug, but must not become a busy loop.
+const MIN_SLEEP: Duration = Duration::from_millis(1);
+
+impl<C: Core> Turn<'_, C> {
+    fn deadline(&self) -> Option<Instant> {
+        self.core.poll_timeout().map(|deadline| deadline.max(self.out.now + MIN_SLEEP))
+    }
+
+    fn take(&mut self, ready: &Ready, tun: &Tun) -> Result<()> {
+        self.out.now = Instant::now();
+        if ready.called {
+            self.commands.wake().clear();
+        }
+        self.drain_commands();
+        if ready.v4_out || ready.v6_out {
+            self.out.flush();
+        }
+        self.take_handovers();
+        if ready.v4_in {
+            self.receive(Family::V4)?;
+        }
+        if ready.v6_in {
+            self.receive(Family::V6)?;
+        }
+        if ready.tun {
+            self.read(tun)?;
+        }
+        if self.core.poll_timeout().is_some_and(|deadline| deadline <= self.out.now) {
+            self.core.handle_timeout(self.out.now, &mut self.out);
+        }
+        self.end_batch();
+        Ok(())
+    }
+
+    fn drain_commands(&mut self) {
+        self.commands.drain(&mut self.drained);
+        for command in self.drained.drain(..) {
+            if matches!(command, Command::Shutdown) {
+                self.shut_down = true;
+                // Clients that have just arrived hear the goodbye, too. (One that is given later, by a worker that reads
+                // its commands later, does not; it finds out by its own timers.)
+                for moved in self.inbox.look() {
+                    self.core.handle_moved(moved, self.out.now, &mut self.out);
+                }
+            }
+            self.core.handle_command(command, self.out.now, &mut self.out);
+        }
+    }
+
+    /// What other workers passed to this one: clients first, then a fair share of each one's packets.
+    fn take_handovers(&mut self) {
+        let rings = self.inbox.rings();
+        for moved in self.inbox.look() {
+            self.core.handle_moved(moved, self.out.now, &mut self.out);
+        }
+        let share = (BUDGET / rings.max(1)).max(MIN_SHARE);
+        for ring in 0..rings {
+            if !self.inbox.holds(ring) {
+                continue;
+            }
+            self.core.handle_handovers(self.inbox.records(ring, share), self.out.now, &mut self.out);
+            self.inbox.release(ring);
+            self.end_batch();
+            self.begin_batch();
+        }
+    }
+
+    fn receive(&mut self, family: Family) -> Result<()> {
+        let mut taken = 0;
+        loop {
+            let outlet = match family {
+                Family::V4 => &self.out.v4,
+                Family::V6 => &self.out.v6,
+            };
+            let Some(outlet) = outlet else { return Ok(()) };
+            let received = match self.receiver.recv(outlet.socket()) {
+                Ok(received) => received,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => {
+                    self.socket_errors += 1;
+                    if self.socket_errors >= MAX_SOCKET_ERRORS {
+                        return Err(e)
+                            .with_context(|| format!("The {family:?} UDP socket cannot receive any more"));
+                    }
+                    tracing::debug!("Failed to receive on the {family:?} UDP socket: {e}");
+                    return Ok(());
+                }
+            };
+            self.socket_errors = 0;
+            taken += received.count();
+            let more = received.is_full() && taken < BUDGET;
+            let datagrams = received.datagrams(&mut self.out.drops);
+            self.core.handle_datagrams(datagrams, self.out.now, &mut self.out);
+            self.end_batch();
+            if !more {
+                return Ok(());
+            }
+            self.begin_batch();
+        }
+    }
+
+    fn read(&mut self, tun: &Tun) -> Result<()> {
+        let mut taken = 0;
+        loop {
+            let more = self
+                .reader
+                .fill(|buffer| tun.read(buffer), &mut self.out.drops)
+                .context("The TUN device is gone; was it deleted?")?;
+            taken += self.reader.count();
+            if self.reader.count() > 0 {
+                self.core.handle_packets(self.reader.packets(), self.out.now, &mut self.out);
+                self.end_batch();
+            }
+            if !more || taken >= BUDGET {
+                return Ok(());
+            }
+            self.begin_batch();
+        }
+    }
+
+    fn begin_batch(&mut self) {
+        self.out.now = Instant::now();
+        self.drain_commands();
+    }
+
+    fn end_batch(&mut self) {
+        self.out.flush();
+        let drops = std::mem::take(&mut self.out.drops);
+        self.core.counters_mut().merge(&drops);
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Family {
+    V4,
+    V6,
+}
+
+/// The worker's ways out.
+struct Outgoing<'a> {
+    tun: Writer<&'a Tun>,
+    v4: Option<Outlet>,
+    v6: Option<Outlet>,
+    outbox: Outbox,
+    drops: Counters,
+    now: Instant,
+    reserved_v6: bool,
+}
+
+impl Outgoing<'_> {
+    fn flush(&mut self) {
+        self.tun.flush(self.now, &mut self.drops);
+        for outlet in [&mut self.v4, &mut self.v6].into_iter().flatten() {
+            outlet.flush(self.now, &mut self.drops);
+        }
+        self.outbox.publish();
+    }
+
+    /// Sends what still waits, for at most `limit`: the last goodbyes.
+    fn linger(&mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while [&self.v4, &self.v6].into_iter().flatten().any(Outlet::is_blocked) && Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(1));
+            self.flush();
+        }
+    }
+}
+
+impl Sink for Outgoing<'_> {
+    fn reserve_packet(&mut self, len: usize) -> Option<&mut [u8]> {
+        self.tun.reserve(len, self.now, &mut self.drops)
+    }
+
+    fn commit_packet(&mut self, len: usize) {
+        self.tun.commit(len, self.now);
+    }
+
+    fn reserve_datagram(&mut self, route: &Route, len: usize) -> Option<&mut [u8]> {
+        self.reserved_v6 = route.dst.is_ipv6();
+        let outlet = if self.reserved_v6 { &mut self.v6 } else { &mut self.v4 };
+        outlet.as_mut()?.reserve(route, len, self.now, &mut self.drops)
+    }
+
+    fn commit_datagram(&mut self, len: usize) {
+        let outlet = if self.reserved_v6 { &mut self.v6 } else { &mut self.v4 };
+        if let Some(outlet) = outlet {
+            outlet.commit(len);
+        }
+    }
+
+    fn hand_over(&mut self, to: WorkerId, handover: &Handover<'_>) -> bool {
+        self.outbox.hand_over(to, handover)
+    }
+
+    fn give(&mut self, to: WorkerId, moved: Moved) {
+        self.outbox.give(to, moved);
+    }
+}
