@@ -312,7 +312,7 @@ mod tests {
     fn two_threads_pass_records_of_all_sizes_whole_and_in_order() {
         for (capacity, longest) in [(4096, 1500), (128 << 10, LONGEST), (1 << 20, LONGEST)] {
             let (mut to, mut from) = ring(capacity);
-            let records = if longest < 2000 { 300_000u32 } else { 20_000 };
+            let records = if longest < 2000 { 30_000u32 } else { 5_000 };
             let length = move |rng: &mut SmallRng| match rng.random_range(0..4) {
                 0 => rng.random_range(0..=longest),
                 1 => rng.random_range(0..64usize),
@@ -340,7 +340,7 @@ mod tests {
             let mut rng = SmallRng::seed_from_u64(4);
             let (mut seen, started) = (0u32, Instant::now());
             while seen < records {
-                assert!(started.elapsed().as_secs() < 60, "stuck after {seen} records");
+                assert!(started.elapsed().as_secs() < 300, "stuck after {seen} records");
                 if !from.look() {
                     thread::yield_now();
                     continue;
