@@ -13,26 +13,42 @@ use gateway_common::{DropReason, PayloadKind, channel_data, classify};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::bucket::Bucket;
-use crate::{Datagram, Ecn, command::ChannelUse};
+use crate::{Datagram, command::ChannelUse};
 
 /// A channel's name: the relay's address and the number.
 pub type ChannelKey = (SocketAddr, u16);
 
-/// A datagram without its framing.
+/// A datagram without its framing. Small, for it is handed from step to step.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival<'a> {
     /// What the payload claims to be: STUN or WireGuard.
     pub kind: PayloadKind,
     /// The bytes, ChannelData header removed.
     pub payload: &'a [u8],
-    /// Our address and port it arrived on.
-    pub local: SocketAddr,
-    /// The sender; for a relayed datagram the channel's peer.
-    pub from: SocketAddr,
+    /// As it came.
+    pub datagram: &'a Datagram<'a>,
+    channel: Option<Bound>,
+}
+
+/// A channel that carried something.
+#[derive(Debug, Clone, Copy)]
+struct Bound {
+    number: u16,
+    peer: SocketAddr,
+}
+
+impl Arrival<'_> {
     /// The channel that carried it.
-    pub via: Option<ChannelKey>,
-    /// The outer codepoint.
-    pub ecn: Ecn,
+    #[inline]
+    pub fn via(&self) -> Option<ChannelKey> {
+        self.channel.map(|channel| (self.datagram.from, channel.number))
+    }
+
+    /// The sender; for a relayed datagram the channel's peer.
+    #[inline]
+    pub fn from(&self) -> SocketAddr {
+        self.channel.map_or(self.datagram.from, |channel| channel.peer)
+    }
 }
 
 /// The relays and their channels.
@@ -74,9 +90,13 @@ impl Demux {
 
     /// Removes the framing.
     #[inline]
-    pub fn unwrap<'a>(&mut self, datagram: &Datagram<'a>, now: Instant) -> Result<Arrival<'a>, DropReason> {
-        let Datagram { local, from, ecn, payload } = *datagram;
-        let (kind, payload, from, via) = match classify(payload) {
+    pub fn unwrap<'a>(
+        &mut self,
+        datagram: &'a Datagram<'a>,
+        now: Instant,
+    ) -> Result<Arrival<'a>, DropReason> {
+        let Datagram { from, payload, .. } = *datagram;
+        let (kind, payload, channel) = match classify(payload) {
             PayloadKind::ChannelData => {
                 let frame = channel_data::parse(payload).ok_or(DropReason::MalformedChannelData)?;
                 let key = (from, frame.number);
@@ -87,18 +107,19 @@ impl Demux {
                 };
                 channel.received = true;
                 self.report_at.get_or_insert(now + REPORT_INTERVAL);
-                (classify(frame.payload), frame.payload, channel.peer, Some(key))
+                let bound = Bound { number: frame.number, peer: channel.peer };
+                (classify(frame.payload), frame.payload, Some(bound))
             }
-            kind => (kind, payload, from, None),
+            kind => (kind, payload, None),
         };
         match kind {
             PayloadKind::Empty => Err(DropReason::EmptyDatagram),
             PayloadKind::MalformedWireGuard => Err(DropReason::MalformedWireGuard),
-            PayloadKind::MalformedChannelData if via.is_none() => Err(DropReason::MalformedChannelData),
+            PayloadKind::MalformedChannelData if channel.is_none() => Err(DropReason::MalformedChannelData),
             PayloadKind::Unknown | PayloadKind::ChannelData | PayloadKind::MalformedChannelData => {
                 Err(DropReason::UnknownPayload)
             }
-            _ => Ok(Arrival { kind, payload, local, from, via, ecn }),
+            _ => Ok(Arrival { kind, payload, datagram, channel }),
         }
     }
 

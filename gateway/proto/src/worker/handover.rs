@@ -31,6 +31,20 @@ impl From<DropReason> for Stop {
     }
 }
 
+/// How a datagram came to this worker.
+#[derive(Debug, Clone, Copy)]
+pub struct Origin<'a> {
+    /// How many workers have passed it on.
+    pub hops: u8,
+    /// One of them opened it: an initiation that names this public key.
+    pub opened: Option<&'a [u8; 32]>,
+}
+
+impl Origin<'_> {
+    /// By its own socket.
+    pub const OUTSIDE: Self = Self { hops: 0, opened: None };
+}
+
 /// How often a packet is passed on at most. While a client moves from A to B, one may go to B, which waits, to A, which
 /// has just given the client away, and to B; more is a disagreement that only dropping ends.
 const MAX_HOPS: u8 = 3;
@@ -45,43 +59,34 @@ impl Worker {
         sink: &mut impl Sink,
     ) {
         for Handover { hops, what } in batch {
-            let done = match what {
-                Passed::Datagram(datagram) => self.handle_datagram(&datagram, hops, now, sink),
+            let done = match &what {
+                Passed::Datagram(datagram) => {
+                    self.handle_datagram(datagram, Origin { hops, opened: None }, now, sink)
+                }
                 Passed::Initiation(datagram, key) => {
-                    // The gate has been asked where it arrived.
-                    let arrival = self.demux.unwrap(&datagram, now).map_err(Stop::Drop);
-                    arrival.and_then(|arrival| {
-                        self.answer_initiation(&datagram, &arrival, &key, hops, now, sink)
-                    })
+                    self.handle_datagram(datagram, Origin { hops, opened: Some(key) }, now, sink)
                 }
                 Passed::Packet(packet) => self.handle_packet(packet, now, sink),
             };
-            self.settle(done, hops, what, sink);
+            if let Err(stop) = done {
+                self.stop(stop, hops, what, sink);
+            }
         }
     }
 
-    /// The end of a walk: counts what is dropped and passes on what belongs elsewhere.
-    #[inline]
-    pub(super) fn settle(
-        &mut self,
-        done: Result<(), Stop>,
-        hops: u8,
-        what: Passed<'_>,
-        sink: &mut impl Sink,
-    ) {
-        let done = match done {
-            Err(Stop::Pass(to)) => pass(to, hops, what, sink),
-            Err(Stop::Drop(reason)) => Err(reason),
-            Ok(()) => Ok(()),
+    /// A walk that ended early: counts what is dropped and passes on what belongs elsewhere.
+    pub(super) fn stop(&mut self, stop: Stop, hops: u8, what: Passed<'_>, sink: &mut impl Sink) {
+        let passed = match stop {
+            Stop::Pass(to) => pass(to, hops, what, sink),
+            Stop::Drop(reason) => Err(reason),
         };
-        if let Err(reason) = done {
+        if let Err(reason) = passed {
             self.counters.count(reason);
         }
     }
 }
 
 /// Passes `what`, which has been passed `hops` times before, to worker `to`.
-#[inline]
 pub fn pass(to: WorkerId, hops: u8, what: Passed<'_>, sink: &mut impl Sink) -> Result<(), DropReason> {
     let passed = hops < MAX_HOPS && sink.hand_over(to, &Handover { hops: hops + 1, what });
     if passed { Ok(()) } else { Err(DropReason::HandoverFull) }

@@ -55,7 +55,7 @@ use self::{
     control_packet::Control,
     demux::{Arrival, Demux},
     events::Events,
-    handover::{Stop, pass},
+    handover::{Origin, Stop, pass},
     handshake::{Admission, COOKIE_REPLY, Gate},
     moving::Gone,
     outbound::{Own, Verdict},
@@ -178,8 +178,9 @@ impl Worker {
         sink: &mut impl Sink,
     ) {
         for datagram in batch {
-            let done = self.handle_datagram(&datagram, 0, now, sink);
-            self.settle(done, 0, Passed::Datagram(datagram), sink);
+            if let Err(stop) = self.handle_datagram(&datagram, Origin::OUTSIDE, now, sink) {
+                self.stop(stop, 0, Passed::Datagram(datagram), sink);
+            }
         }
     }
 
@@ -191,8 +192,9 @@ impl Worker {
         sink: &mut impl Sink,
     ) {
         for packet in batch {
-            let done = self.handle_packet(packet, now, sink);
-            self.settle(done, 0, Passed::Packet(packet), sink);
+            if let Err(stop) = self.handle_packet(packet, now, sink) {
+                self.stop(stop, 0, Passed::Packet(packet), sink);
+            }
         }
     }
 
@@ -243,11 +245,12 @@ impl Worker {
 
     // Outbound: from the network.
 
-    #[inline]
+    // One copy of the walk for all that enters it, so that everything below is inlined there.
+    #[inline(never)]
     fn handle_datagram(
         &mut self,
         datagram: &Datagram<'_>,
-        hops: u8,
+        origin: Origin<'_>,
         now: Instant,
         sink: &mut impl Sink,
     ) -> Result<(), Stop> {
@@ -255,7 +258,7 @@ impl Worker {
         match arrival.kind {
             PayloadKind::Data => self.handle_data(&arrival, now, sink),
             PayloadKind::Stun => self.handle_stun(&arrival),
-            PayloadKind::HandshakeInitiation => self.handle_initiation(datagram, &arrival, hops, now, sink),
+            PayloadKind::HandshakeInitiation => self.handle_initiation(&arrival, origin, now, sink),
             _ => self.handle_answer(&arrival, now, sink),
         }
     }
@@ -287,10 +290,10 @@ impl Worker {
 
         match outbound::decide(peer, packet, self.own) {
             Verdict::ToTun => {
-                ecn::merge(arrival.ecn, packet);
+                ecn::merge(arrival.datagram.ecn, packet);
                 let len = packet.len();
                 sink.commit_packet(len);
-                let relayed = arrival.via.is_some();
+                let relayed = arrival.via().is_some();
                 let volume = if relayed {
                     &mut self.traffic.outbound_relayed
                 } else {
@@ -352,9 +355,9 @@ impl Worker {
         }
         self.events.push(WorkerEvent::Stun(StunDatagram {
             heard_by: self.id,
-            local: arrival.local,
-            from: arrival.from,
-            via: arrival.via.map(|(server, _)| server),
+            local: arrival.datagram.local,
+            from: arrival.from(),
+            via: arrival.via().map(|(server, _)| server),
             payload: arrival.payload.to_vec(),
         }));
         self.traffic.stun += 1;
@@ -363,40 +366,43 @@ impl Worker {
 
     fn handle_initiation(
         &mut self,
-        datagram: &Datagram<'_>,
         arrival: &Arrival<'_>,
-        hops: u8,
+        origin: Origin<'_>,
         now: Instant,
         sink: &mut impl Sink,
     ) -> Result<(), Stop> {
-        let known = match arrival.via {
-            Some(channel) => self.demux.handshakes(channel),
-            None => self.peers.by_remote(arrival.from).and_then(|slot| self.peers.handshakes(slot)),
+        // The gate is asked once, where it arrives.
+        let key = match origin.opened {
+            Some(key) => *key,
+            None => self.admit(arrival, now, sink)?,
         };
-        let mut cookie = [0; COOKIE_REPLY];
-        match self.gate.admit(arrival.payload, arrival.from.ip(), known, &mut cookie, now)? {
-            Admission::Admitted(key) => self.answer_initiation(datagram, arrival, &key, hops, now, sink),
-            Admission::Cookie => {
-                self.reply(arrival, &cookie, now, sink);
-                Err(DropReason::HandshakeBudget.into())
+        let slot = self.peers.by_public_key(&key).ok_or(DropReason::UnknownPublicKey)?;
+        match self.shake_hands(slot, arrival, DropReason::UnknownPublicKey, now, sink) {
+            Err(Stop::Pass(to)) => {
+                Ok(pass(to, origin.hops, Passed::Initiation(*arrival.datagram, key), sink)?)
             }
+            done => done,
         }
     }
 
-    /// An initiation by the holder of `key`, admitted here or by the worker that passed it.
-    fn answer_initiation(
+    /// Opens an initiation; the public key that is in it.
+    fn admit(
         &mut self,
-        datagram: &Datagram<'_>,
         arrival: &Arrival<'_>,
-        key: &[u8; 32],
-        hops: u8,
         now: Instant,
         sink: &mut impl Sink,
-    ) -> Result<(), Stop> {
-        let slot = self.peers.by_public_key(key).ok_or(DropReason::UnknownPublicKey)?;
-        match self.shake_hands(slot, arrival, DropReason::UnknownPublicKey, now, sink) {
-            Err(Stop::Pass(to)) => Ok(pass(to, hops, Passed::Initiation(*datagram, *key), sink)?),
-            done => done,
+    ) -> Result<[u8; 32], DropReason> {
+        let known = match arrival.via() {
+            Some(channel) => self.demux.handshakes(channel),
+            None => self.peers.by_remote(arrival.from()).and_then(|slot| self.peers.handshakes(slot)),
+        };
+        let mut cookie = [0; COOKIE_REPLY];
+        match self.gate.admit(arrival.payload, arrival.from().ip(), known, &mut cookie, now)? {
+            Admission::Admitted(key) => Ok(key),
+            Admission::Cookie => {
+                self.reply(arrival, &cookie, now, sink);
+                Err(DropReason::HandshakeBudget)
+            }
         }
     }
 
@@ -459,16 +465,16 @@ impl Worker {
 
     /// Back the way `arrival` came: a cookie is bound to the address it came from.
     fn reply(&mut self, arrival: &Arrival<'_>, message: &[u8], now: Instant, sink: &mut impl Sink) {
-        let route = match arrival.via {
+        let route = match arrival.via() {
             Some((server, _)) => Route { src: None, dst: server, ecn: Ecn::NotEct },
-            None => Route { src: Some(arrival.local), dst: arrival.from, ecn: Ecn::NotEct },
+            None => Route { src: Some(arrival.datagram.local), dst: arrival.from(), ecn: Ecn::NotEct },
         };
-        send::reply(route, arrival.via, message, &mut self.demux, now, sink);
+        send::reply(route, arrival.via(), message, &mut self.demux, now, sink);
     }
 
     // Inbound: from the TUN device.
 
-    #[inline]
+    #[inline(never)]
     fn handle_packet(&mut self, packet: &[u8], now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
         let peer = inbound::decide(&mut self.peers, packet, self.own)?;
         let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
