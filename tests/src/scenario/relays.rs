@@ -153,7 +153,7 @@ pub(super) fn away_at_nov25(cx: &mut Context) -> Result<()> {
     usable(true, 5 * SECOND)?;
     let mark = lab.portal.mark();
     lab.relays[0].process().signal(Signal::STOP)?;
-    // The keep-alive comes every 25 s, and its repetitions take 8 s.
+    // The keep-alive comes 25 s after the last sign of life, and its repetitions take 8 s.
     usable(false, 40 * SECOND)?;
     lab.relays[0].process().signal(Signal::CONT)?;
     let found = Instant::now();

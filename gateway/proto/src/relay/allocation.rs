@@ -32,7 +32,7 @@ use crate::{ids::RelayId, sink::Transmit};
 
 mod answers;
 
-/// BINDING to the active server, restarted by ChannelData (connections.md section 8.6).
+/// BINDING to the active server, restarted by ChannelData (connections.md section 8.6) that is answered.
 const KEEP_ALIVE: Duration = Duration::from_secs(25);
 /// Binds that wait for the allocation (connections.md section 8.7).
 const MAX_BUFFERED: usize = 100;
@@ -317,11 +317,12 @@ impl Allocation {
     ) {
         let State::Allocated { active, granted } = &mut self.state else { return };
         let server = active.server;
-        if sent {
-            granted.keep_alive_at = now + KEEP_ALIVE;
-        }
         if received {
             granted.proven = granted.proven.max(now.checked_sub(REPORT_AGE).unwrap_or(granted.proven));
+        }
+        // Counted from what came back: unanswered checks on a spare pair would hide for minutes that a relay is dead.
+        if sent {
+            granted.keep_alive_at = granted.keep_alive_at.max(granted.proven + KEEP_ALIVE);
         }
         if let Wanted::Bind(number) = self.channels.on_used(number, received, now) {
             self.request_bind(number, server, now, out);

@@ -412,20 +412,21 @@ fn a_removed_relays_late_packets_are_swallowed_and_strangers_are_not() {
 }
 
 #[test]
-fn keep_alives_come_every_25_s_unless_channel_data_flows() {
+fn keep_alives_come_every_25_s_unless_channel_data_flows_both_ways() {
     let mut world = World::with_one(Flavor::Firezone, 3478);
     world.relays.bind(id(0), addr(PEER), Use::Nominated, world.now);
     world.take_kinds();
     world.pump();
     world.run(secs(60));
     assert_eq!(world.take_kinds(), [BIND, BINDING, BINDING]);
-    for _ in 0..60 {
-        let used =
-            ChannelUse { server: addr("203.0.113.2:3478"), number: 0x4000, received: false, sent: true };
-        world.relays.handle_channels_used(&[used], world.now);
-        world.run(secs(1));
+    for (received, expect) in [(true, vec![]), (false, vec![BINDING, BINDING])] {
+        for _ in 0..60 {
+            let used = ChannelUse { server: addr("203.0.113.2:3478"), number: 0x4000, received, sent: true };
+            world.relays.handle_channels_used(&[used], world.now);
+            world.run(secs(1));
+        }
+        assert_eq!(world.take_kinds(), expect, "answered: {received}");
     }
-    assert_eq!(world.take_kinds(), Vec::<u16>::new());
 }
 
 #[test]
