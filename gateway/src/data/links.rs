@@ -158,3 +158,126 @@ impl Outbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::Barrier,
+        thread,
+        time::{Duration, Instant},
+    };
+
+    use gateway_proto::{
+        ClientId, Command, Passed, Route, Sink,
+        addr::TunnelAddrs,
+        command::{ClientState, Connection, Home},
+        worker::{Config, Worker},
+    };
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use x25519_dalek::StaticSecret;
+
+    use super::*;
+
+    const ROUNDS: u64 = 20_000;
+
+    /// Three writers give a client each and pass a packet after it, again and again, while the reader sleeps whenever it
+    /// may.
+    #[test]
+    fn client_is_seen_before_what_is_passed_after_it_and_no_wake_is_lost() {
+        let wakes: Vec<_> = (0..4).map(|_| Arc::new(Wake::new().unwrap())).collect();
+        let mut ends = links(&wakes);
+        let (mut inbox, _) = ends.remove(0);
+        let start = Arc::new(Barrier::new(4));
+        let writers: Vec<_> = (1..)
+            .zip(ends)
+            .map(|(number, (_, outbox))| {
+                let start = Arc::clone(&start);
+                thread::spawn(move || {
+                    start.wait();
+                    give_and_pass(number, outbox);
+                })
+            })
+            .collect();
+        start.wait();
+        let (mut given, mut passed, mut slept) = (0u64, [0u64; 3], 0);
+        let deadline = Instant::now() + Duration::from_secs(200);
+        while passed.iter().sum::<u64>() < 3 * ROUNDS {
+            assert!(Instant::now() < deadline, "a wake was lost: {given} given, {passed:?} passed");
+            if !inbox.fall_asleep() {
+                slept += 1;
+                let patience = Timespec { tv_sec: 10, tv_nsec: 0 };
+                let woken = poll(&mut [PollFd::new(&*wakes[0], PollFlags::IN)], Some(&patience)).unwrap();
+                assert_eq!(woken, 1, "asleep for 10 s: {given} given, {passed:?} passed");
+            }
+            inbox.wake_up();
+            wakes[0].clear();
+            given += inbox.look().len() as u64;
+            for (ring, passed) in passed.iter_mut().enumerate() {
+                for Handover { what, .. } in inbox.records(ring, 50) {
+                    let Passed::Packet(bytes) = what else { panic!("packets only") };
+                    assert_eq!(bytes, passed.to_ne_bytes());
+                    *passed += 1;
+                }
+                inbox.release(ring);
+            }
+            assert!(given >= passed.iter().sum(), "{given} given, but {passed:?} passed behind them");
+        }
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        assert_eq!(given + inbox.look().len() as u64, 3 * ROUNDS);
+        println!("slept {slept} times");
+    }
+
+    fn give_and_pass(number: usize, mut outbox: Outbox) {
+        let mut core = Worker::new(Config {
+            private_key: StaticSecret::from([7; 32]),
+            allow_own_ip: false,
+            seed: 1,
+            now: Instant::now(),
+            id: WorkerId::new(number).unwrap(),
+            workers: 4,
+        });
+        let state = Arc::new(ClientState {
+            tunnel: TunnelAddrs { v4: [100, 64, 0, 7].into(), v6: "fd00:2021:1111::7".parse().unwrap() },
+            connection: Connection::Absent,
+            resources: Arc::new([]),
+        });
+        for order in 0..ROUNDS {
+            let home = Home { worker: WorkerId::FIRST, from: WorkerId::new(number), order: order + 1 };
+            let desired = Some(Arc::clone(&state));
+            let command = Command::Client { id: ClientId(uuid::Uuid::nil()), home, desired };
+            core.handle_command(command, Instant::now(), &mut Gives(&mut outbox));
+            let packet = order.to_ne_bytes();
+            while !outbox.hand_over(WorkerId::FIRST, &Handover { hops: 1, what: Passed::Packet(&packet) }) {
+                outbox.publish();
+                thread::yield_now();
+            }
+            if order % 3 == 0 {
+                outbox.publish();
+            }
+            if order % 1000 == 0 {
+                // Long enough for the reader to fall asleep.
+                thread::sleep(Duration::from_millis(2));
+            }
+        }
+        outbox.publish();
+    }
+
+    struct Gives<'a>(&'a mut Outbox);
+
+    impl Sink for Gives<'_> {
+        fn reserve_packet(&mut self, _: usize) -> Option<&mut [u8]> {
+            None
+        }
+        fn commit_packet(&mut self, _: usize) {}
+        fn reserve_datagram(&mut self, _: &Route, _: usize) -> Option<&mut [u8]> {
+            None
+        }
+        fn commit_datagram(&mut self, _: usize) {}
+        fn hand_over(&mut self, to: WorkerId, handover: &Handover<'_>) -> bool {
+            self.0.hand_over(to, handover)
+        }
+        fn give(&mut self, to: WorkerId, moved: Moved) {
+            self.0.give(to, moved);
+        }
+    }
+}

@@ -38,13 +38,15 @@ impl Tun {
         // A device with several queues is open to everybody who may: it must be a new one. (Between this look and the
         // creation somebody might make it; another gateway does not, because it does not get past the lock.)
         if several && exists(name) {
-            let busy = io::Error::from_raw_os_error(libc::EBUSY);
-            let why = why(name, &busy);
-            return Err(busy).context(why);
+            return Err(busy(name));
         }
         let offload = allowed.allow(Capability::TunOffload);
         let device = match build(name, several, offload) {
             Ok(device) => device,
+            // A device that another process has with several queues, and we want one.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) && exists(name) => {
+                return Err(busy(name));
+            }
             Err(e) if offload && e.raw_os_error() == Some(libc::EINVAL) => {
                 tracing::info!("The kernel offers no offloads on TUN devices: {e}");
                 build(name, several, false).with_context(|| why(name, &e))?
@@ -141,6 +143,12 @@ fn exists(name: &str) -> bool {
     socket(AddressFamily::INET, SocketType::DGRAM, None)
         .or_else(|_| socket(AddressFamily::INET6, SocketType::DGRAM, None))
         .is_ok_and(|socket| name_to_index(socket, name).is_ok())
+}
+
+fn busy(name: &str) -> anyhow::Error {
+    let busy = io::Error::from_raw_os_error(libc::EBUSY);
+    let why = why(name, &busy);
+    anyhow::Error::new(busy).context(why)
 }
 
 fn why(name: &str, error: &io::Error) -> String {
