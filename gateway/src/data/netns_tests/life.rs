@@ -20,7 +20,10 @@ fn dead_worker_ends_the_wait_for_events() {
     type Action = fn(&mut Pipe);
     let table: [(Action, &str); 3] = [
         (|_| panic!("as the test wants"), "Worker 0 panicked: as the test wants"),
-        (|_| std::thread::sleep(Duration::from_secs(8)), "Worker 0 has been busy with one batch for 2 s"),
+        (
+            |pipe| std::thread::sleep(Duration::from_secs(8 * pipe.id.get() as u64)),
+            "Worker 1 has been busy with one batch for 2 s",
+        ),
         (
             |pipe| assert!(pipe.id.get() != 2, "the test wants only one to fail"),
             "Worker 2 panicked: the test wants only one to fail",
