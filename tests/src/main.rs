@@ -30,6 +30,8 @@ enum Command {
     /// A WireGuard client with one fixed peer, for the benchmark's plain WireGuard servers.
     #[command(hide = true)]
     WireguardClient(client::PlainArgs),
+    /// Many clients in one process, without TUN devices.
+    Swarm(client::SwarmArgs),
     /// Remove what the run with this pid leaves, once standard input ends.
     #[command(hide = true)]
     Janitor {
@@ -48,6 +50,9 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
             client::plain_main(&arguments).map(|()| std::process::ExitCode::SUCCESS)
         }
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Swarm(arguments) => {
+            client::swarm_main(&arguments).map(|()| std::process::ExitCode::SUCCESS)
+        }
         Command::Janitor { pid } => {
             janitor::watch(pid)?;
             Ok(std::process::ExitCode::SUCCESS)

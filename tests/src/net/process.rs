@@ -275,6 +275,21 @@ pub fn wait_for<T>(
     }
 }
 
+/// Lets this process and its children have at least `wanted` open files.
+///
+/// # Errors
+/// If the hard limit is lower and cannot be raised, naming both.
+pub fn raise_file_limit(wanted: u64) -> Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    if now.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    let maximum = now.maximum.map(|maximum| maximum.max(wanted));
+    setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
+        .with_context(|| format!("{wanted} open files are needed, the limit is {:?}", now.maximum))
+}
+
 /// Processes whose parent is this one, as `(pid, name)`.
 pub fn children() -> Vec<(u32, String)> {
     let parent = std::process::id().to_string();

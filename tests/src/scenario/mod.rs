@@ -12,6 +12,7 @@ mod network;
 mod paths;
 mod relays;
 mod start;
+pub mod swarm;
 mod table;
 pub mod transfers;
 mod trouble;

@@ -132,7 +132,13 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart).core(),
     scenario("a gateway is killed and started again, direct", direct::plan, 60, relays::gateway_killed),
     scenario("a gateway is killed and started again, relayed", relay_only::plan, 60, relays::gateway_killed),
-    scenario("a hundred clients at once", crowd::plan, 120, crowd::all_at_once),
+    scenario("two hundred clients at once", direct::plan, 120, crowd::all_at_once),
+    scenario(
+        "two thousand clients, and the gateway starts again",
+        direct::plan,
+        400,
+        crowd::restart_with_thousands,
+    ),
     scenario("no secret in the TRACE log, direct", direct::plan, 40, trouble::no_secret_in_trace),
     scenario("no secret in the TRACE log, relayed", relay_only::plan, 40, trouble::no_secret_in_trace),
 ];

@@ -7,7 +7,6 @@ mod traffic;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -16,6 +15,7 @@ use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 use is::IceCreds;
 use serde_json::{Value, json};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc::UnboundedSender;
 use uuid::Uuid;
 
@@ -25,7 +25,7 @@ use super::eventloop::{Input, Inputs};
 use super::ice::{self, Local};
 use super::net::Net;
 use super::portal::{self, Order, Report};
-use super::tun::Tun;
+use super::tun::Inside;
 use super::turn::{RelayId, Turn, TurnEvent};
 use super::udp::Sockets;
 use super::wire::{Candidates, Granted, Init, Presence, RelayEntry, WireCreds, key};
@@ -37,6 +37,9 @@ const REQUEST_PAUSE: Duration = Duration::from_secs(2);
 /// Packets kept per resource until it is granted.
 const WAITING_LIMIT: usize = 128;
 
+/// Where a client's events go.
+pub(super) type Emit = Box<dyn FnMut(Event)>;
+
 /// Whether the loop goes on.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Flow {
@@ -47,6 +50,7 @@ pub(super) enum Flow {
 /// See the file's head.
 pub(super) struct Client {
     config: Config,
+    emit: Emit,
     identity: Identity,
     orders: UnboundedSender<Order>,
     net: Net,
@@ -72,14 +76,15 @@ struct Resource {
 }
 
 impl Client {
-    /// Binds sockets and starts the portal's thread.
-    pub(super) fn new(config: Config, inputs: Arc<Inputs>) -> Result<Self> {
+    /// Binds sockets and starts the WebSocket's task on `runtime`.
+    pub(super) fn new(config: Config, inputs: Inputs, emit: Emit, runtime: &Handle) -> Result<Self> {
         let identity = Identity::generate();
-        let orders = portal::start(&config, STANDARD.encode(identity.public.as_bytes()), inputs)?;
+        let orders = portal::start(&config, STANDARD.encode(identity.public.as_bytes()), inputs, runtime);
         let net = Net::new(Sockets::bind(config.port)?);
         let deferred = config.request.iter().map(|id| (*id, Instant::now())).collect();
         Ok(Self {
             config,
+            emit,
             identity,
             orders,
             net,
@@ -102,16 +107,16 @@ impl Client {
     // ---- inputs -------------------------------------------------------------------------------
 
     /// A command or something from the portal.
-    pub(super) fn handle_input(&mut self, input: Input, tun: &Tun, now: Instant) -> Flow {
+    pub(super) fn handle_input(&mut self, input: Input, inside: &dyn Inside, now: Instant) -> Flow {
         match input {
             Input::Portal(Report::Joined) => {}
-            Input::Portal(Report::Lost(reason)) => emit(Event::PortalLost { reason }),
+            Input::Portal(Report::Lost(reason)) => (self.emit)(Event::PortalLost { reason }),
             Input::Portal(Report::Pushed(frame)) => {
-                if let Err(error) = self.handle_push(&frame.event, frame.payload, tun, now) {
-                    emit(Event::Error { message: format!("{}: {error:#}", frame.event) });
+                if let Err(error) = self.handle_push(&frame.event, frame.payload, inside, now) {
+                    (self.emit)(Event::Error { message: format!("{}: {error:#}", frame.event) });
                 }
             }
-            Input::BadCommand(message) => emit(Event::Error { message }),
+            Input::BadCommand(message) => (self.emit)(Event::Error { message }),
             Input::Command(Command::Stop) => return Flow::Stop,
             Input::Command(command) => self.handle_command(command, now),
         }
@@ -126,12 +131,12 @@ impl Client {
                     connection.send(&packet, &mut self.net, now);
                     self.net.flush();
                 }
-                (Err(error), _) => emit(Event::Error { message: format!("send_inner: {error}") }),
-                (_, None) => emit(Event::Error { message: "send_inner: there is no connection".into() }),
+                (Err(error), _) => (self.emit)(Event::Error { message: format!("send_inner: {error}") }),
+                (_, None) => (self.emit)(Event::Error { message: "send_inner: there is no connection".into() }),
             },
             Command::SendOuter { to, hex } => match hex::decode(&hex) {
                 Ok(bytes) => self.net.sockets.send(None, to, 0, None, &bytes),
-                Err(error) => emit(Event::Error { message: format!("send_outer: {error}") }),
+                Err(error) => (self.emit)(Event::Error { message: format!("send_outer: {error}") }),
             },
             Command::Reconnect => self.login(),
             Command::Roam => self.roam(now),
@@ -140,7 +145,7 @@ impl Client {
                     self.close(gateway, "vanished");
                 }
             }
-            Command::Stats => emit(Event::Stats(self.stats.clone())),
+            Command::Stats => (self.emit)(Event::Stats(self.stats.clone())),
             Command::Stop => {}
         }
     }
@@ -184,9 +189,9 @@ impl Client {
 
     // ---- portal -------------------------------------------------------------------------------
 
-    fn handle_push(&mut self, event: &str, payload: Value, tun: &Tun, now: Instant) -> Result<()> {
+    fn handle_push(&mut self, event: &str, payload: Value, inside: &dyn Inside, now: Instant) -> Result<()> {
         match event {
-            "init" => self.on_init(serde_json::from_value(payload)?, tun, now)?,
+            "init" => self.on_init(serde_json::from_value(payload)?, inside, now)?,
             "authorization_created" | "flow_created" => {
                 self.on_granted(serde_json::from_value(payload)?, now)?
             }
@@ -196,7 +201,7 @@ impl Client {
                 known.requested = None;
                 known.waiting.clear();
                 let reason = payload["reason"].as_str().unwrap_or_default().to_owned();
-                emit(Event::Refused { resource, reason });
+                (self.emit)(Event::Refused { resource, reason });
             }
             "ice_candidates" => {
                 let message: Candidates = serde_json::from_value(payload)?;
@@ -228,7 +233,7 @@ impl Client {
         Ok(())
     }
 
-    fn on_init(&mut self, init: Init, tun: &Tun, now: Instant) -> Result<()> {
+    fn on_init(&mut self, init: Init, inside: &dyn Inside, now: Instant) -> Result<()> {
         for resource in &init.resources {
             let Ok(id) = serde_json::from_value::<Uuid>(resource["id"].clone()) else { continue };
             let network = resource["address"].as_str().and_then(|address| address.parse().ok());
@@ -236,9 +241,9 @@ impl Client {
         }
         let networks = self.resources.values().filter_map(|r| r.network);
         let routes: Vec<_> = networks.chain(self.config.extra_routes.iter().copied()).collect();
-        tun.configure(init.interface.ipv4, init.interface.ipv6, &routes)?;
+        inside.configure(init.interface.ipv4, init.interface.ipv6, &routes)?;
         self.merge_relays(init.relays, now);
-        emit(Event::Joined { ipv4: init.interface.ipv4.into(), ipv6: init.interface.ipv6.into() });
+        (self.emit)(Event::Joined { ipv4: init.interface.ipv4.into(), ipv6: init.interface.ipv6.into() });
         Ok(())
     }
 
@@ -333,7 +338,7 @@ impl Client {
         let since = known.requested.take().unwrap_or(now);
         let waiting = std::mem::take(&mut known.waiting);
         let ms = u64::try_from((now - since).as_millis()).unwrap_or(u64::MAX);
-        emit(Event::Authorized { resource: granted.resource_id, gateway, ms });
+        (self.emit)(Event::Authorized { resource: granted.resource_id, gateway, ms });
         self.upsert(grant, now)?;
         if let Some(connection) = self.connections.get_mut(&gateway) {
             for packet in waiting {
@@ -426,7 +431,7 @@ impl Client {
             for resource in self.resources.values_mut().filter(|r| r.granted == Some(gateway)) {
                 resource.granted = None;
             }
-            emit(Event::Closed { gateway, reason: reason.into() });
+            (self.emit)(Event::Closed { gateway, reason: reason.into() });
         }
     }
 
@@ -438,7 +443,7 @@ impl Client {
         self.send_requests(now);
         let mut failed = Vec::new();
         for (gateway, connection) in &mut self.connections {
-            if let Some(reason) = connection.advance(&mut self.net, now, &mut emit) {
+            if let Some(reason) = connection.advance(&mut self.net, now, &mut self.emit) {
                 failed.push((*gateway, reason));
             }
         }
@@ -464,7 +469,7 @@ impl Client {
                     self.offer(id, &[Local::Host(host), Local::Reflexive { addr: reflexive, base: host }]);
                 }
                 TurnEvent::Allocated { relayed, local } => {
-                    emit(Event::Relay { relay: id, address: relayed });
+                    (self.emit)(Event::Relay { relay: id, address: relayed });
                     self.offer(id, &[Local::Relayed { addr: relayed, local }]);
                 }
                 TurnEvent::Lost { relayed } => self.on_relay_lost(id, &relayed, now),
@@ -508,12 +513,4 @@ fn relayed_candidates(net: &Net, relay: RelayId) -> impl Iterator<Item = Local> 
         let local = turn.local();
         turn.relayed().iter().filter_map(move |addr| Some(Local::Relayed { addr: *addr, local: local? }))
     })
-}
-
-/// One line on stdout; the runner may have gone, then nobody needs it.
-fn emit(event: Event) {
-    use std::io::Write as _;
-    if let Ok(line) = serde_json::to_string(&event) {
-        let _ = writeln!(std::io::stdout(), "{line}");
-    }
 }

@@ -6,17 +6,18 @@
 //!                                           +-- TUN (inner packets in and out)
 //! ```
 
-use std::io::BufRead as _;
+use std::io::{BufRead as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use serde::{Serialize, de::DeserializeOwned};
 
 use super::config::{Command, Config};
 use super::core::{Client, Flow};
-use super::portal::Report;
+use super::portal::{self, Report};
 use super::tun::Tun;
 use super::udp::Inbox;
 
@@ -27,36 +28,58 @@ pub(super) enum Input {
     BadCommand(String),
 }
 
-/// A queue into the loop that also wakes it.
-pub(super) struct Inputs {
-    wake: OwnedFd,
-    sender: Mutex<mpsc::Sender<Input>>,
+/// The way into a loop: queues an input and wakes. It never blocks; after the loop's end it does nothing.
+pub(super) type Inputs = Box<dyn Fn(Input) + Send + Sync>;
+
+/// A queue that wakes the loop.
+pub(super) fn waking<T: Send + 'static>() -> Result<(Arc<OwnedFd>, mpsc::Receiver<T>, Waking<T>)> {
+    let (sender, queue) = mpsc::channel();
+    let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+    Ok((wake.clone(), queue, Waking { wake, sender }))
 }
 
-impl Inputs {
-    /// Never blocks; after the loop's end it does nothing.
-    pub(super) fn send(&self, input: Input) {
-        let sender = self.sender.lock().expect("nothing panics while it holds the sender");
-        let _ = sender.send(input);
+/// The sender's end of [`waking`].
+pub(super) struct Waking<T> {
+    wake: Arc<OwnedFd>,
+    sender: mpsc::Sender<T>,
+}
+
+impl<T> Waking<T> {
+    /// See [`Inputs`].
+    pub(super) fn send(&self, input: T) {
+        let _ = self.sender.send(input);
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+impl<T> Clone for Waking<T> {
+    fn clone(&self) -> Self {
+        Self { wake: self.wake.clone(), sender: self.sender.clone() }
     }
 }
 
 /// Runs until a `stop` command.
 pub(super) fn run(config: Config) -> Result<()> {
-    let (sender, queue) = mpsc::channel();
-    let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-    let inputs = Arc::new(Inputs { wake, sender: Mutex::new(sender) });
+    let (wake, queue, inputs) = waking()?;
     let mut tun = Tun::open(&config.tun)?;
     let mut inbox = Inbox::new();
-    let mut client = Client::new(config, inputs.clone())?;
-    read_commands(inputs.clone())?;
+    let from_portal = {
+        let inputs = inputs.clone();
+        Box::new(move |input| inputs.send(input))
+    };
+    let mut client = Client::new(config, from_portal, Box::new(|event| say(&event)), &portal::runtime()?)?;
+    read_commands(move |command| {
+        inputs.send(match command {
+            Ok(command) => Input::Command(command),
+            Err(message) => Input::BadCommand(message),
+        });
+    })?;
     loop {
         let deadline = client_deadline(&mut client);
-        let ready = wait(&client, &tun, &inputs, deadline)?;
+        let ready = wait(&client, &tun, &wake, deadline)?;
         let now = Instant::now();
         if ready.woken {
-            let _ = rustix::io::read(&inputs.wake, &mut [0; 8]);
+            let _ = rustix::io::read(&wake, &mut [0; 8]);
         }
         while let Ok(input) = queue.try_recv() {
             if client.handle_input(input, &tun, now) == Flow::Stop {
@@ -87,11 +110,11 @@ fn client_deadline(client: &mut Client) -> Instant {
     client.poll_timeout().map_or(latest, |at| at.min(latest))
 }
 
-fn wait(client: &Client, tun: &Tun, inputs: &Inputs, deadline: Instant) -> Result<Ready> {
+fn wait(client: &Client, tun: &Tun, wake: &OwnedFd, deadline: Instant) -> Result<Ready> {
     let left = deadline.saturating_duration_since(Instant::now());
     let timeout = Timespec::try_from(left).expect("at most a second");
     let mut fds =
-        vec![PollFd::new(&inputs.wake, PollFlags::IN), PollFd::from_borrowed_fd(tun.as_fd(), PollFlags::IN)];
+        vec![PollFd::new(wake, PollFlags::IN), PollFd::from_borrowed_fd(tun.as_fd(), PollFlags::IN)];
     fds.extend(client.udp_fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
     match poll(&mut fds, Some(&timeout)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -102,15 +125,20 @@ fn wait(client: &Client, tun: &Tun, inputs: &Inputs, deadline: Instant) -> Resul
 }
 
 /// Lines of stdin become commands. The end of stdin means nothing: a client may have none.
-fn read_commands(inputs: Arc<Inputs>) -> Result<()> {
+pub(super) fn read_commands<C: DeserializeOwned>(
+    take: impl Fn(Result<C, String>) + Send + 'static,
+) -> Result<()> {
     std::thread::Builder::new().name("stdin".into()).spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            let input = match serde_json::from_str(&line) {
-                Ok(command) => Input::Command(command),
-                Err(error) => Input::BadCommand(format!("{line:?} is not a command: {error}")),
-            };
-            inputs.send(input);
+            take(serde_json::from_str(&line).map_err(|error| format!("{line:?} is not a command: {error}")));
         }
     })?;
     Ok(())
+}
+
+/// One line on stdout; the runner may have gone, then nobody needs it.
+pub(super) fn say(event: &impl Serialize) {
+    if let Ok(line) = serde_json::to_string(event) {
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
 }

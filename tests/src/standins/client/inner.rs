@@ -81,6 +81,22 @@ fn meaning_v6(packet: &[u8]) -> Meaning {
     }
 }
 
+/// An ICMP echo request of 32 bytes in an IPv4 packet.
+pub(super) fn echo_request(source: Ipv4Addr, destination: Ipv4Addr) -> [u8; 52] {
+    let mut packet = [0x5a; 52];
+    packet[..28].copy_from_slice(&[
+        0x45, 0, 0, 52, 0, 0, 0, 0, 64, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // IPv4
+        8, 0, 0, 0, 0xc0, 0x0d, 0, 0, // echo request, an identifier, a sequence number
+    ]);
+    packet[12..16].copy_from_slice(&source.octets());
+    packet[16..20].copy_from_slice(&destination.octets());
+    fix_v4_checksum(&mut packet);
+    let words = packet[20..].chunks_exact(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])));
+    let sum = !fold(words.sum());
+    packet[22..24].copy_from_slice(&sum.to_be_bytes());
+    packet
+}
+
 /// The ECN bits of an IP packet.
 pub(super) fn ecn(packet: &[u8]) -> u8 {
     match packet {
@@ -193,6 +209,16 @@ mod tests {
         assert_eq!(udp_sum(&packet), 0xFFFF);
         set_source(&mut packet, Ipv4Addr::new(100, 64, 2, 2));
         assert_eq!(packet, original);
+    }
+
+    #[test]
+    fn an_echo_request_has_good_checksums() {
+        let packet = echo_request(Ipv4Addr::new(100, 64, 2, 101), Ipv4Addr::new(172, 20, 0, 100));
+        let sum = |bytes: &[u8]| {
+            fold(bytes.chunks_exact(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]]))).sum())
+        };
+        assert_eq!((sum(&packet[..20]), sum(&packet[20..])), (0xFFFF, 0xFFFF));
+        assert_eq!(destination(&packet), Some(Ipv4Addr::new(172, 20, 0, 100).into()));
     }
 
     fn udp_sum(packet: &[u8]) -> u16 {

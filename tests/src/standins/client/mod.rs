@@ -10,6 +10,7 @@
 //!                       +-- portal thread: WebSocket
 //!                       +-- tun, inner
 //! plain: a fixed peer instead of portal and ICE, on the same net, udp and tun
+//! swarm: many of `core` in one process
 //! ```
 //!
 //! It never announces ICE-less, so a portal gives it plain ICE (connections.md section 1.1).
@@ -23,6 +24,7 @@ mod inner;
 mod net;
 mod plain;
 mod portal;
+mod swarm;
 mod tun;
 mod turn;
 mod udp;
@@ -34,6 +36,7 @@ use anyhow::{Context as _, Result};
 
 pub use config::{Command, Config, Event, Generation, Path, Stats, Token};
 pub use plain::{PlainArgs, PlainConfig, plain_main};
+pub use swarm::{SwarmArgs, SwarmCommand, SwarmConfig, SwarmReport, swarm_main};
 
 /// `gateway-tests client`.
 #[derive(Debug, clap::Args)]

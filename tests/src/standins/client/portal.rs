@@ -1,15 +1,15 @@
-//! The client's WebSocket, on a thread of its own (portal-protocol.md sections 1, 3, 5).
+//! The client's WebSocket, a task on a thread beside the loop (portal-protocol.md sections 1, 3, 5).
 //!
 //! It logs in, joins, heartbeats and reconnects; what the messages mean is the event loop's matter.
 
 use std::net::{SocketAddr, ToSocketAddrs as _};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
@@ -26,7 +26,7 @@ const RETRY: Duration = Duration::from_millis(500);
 /// TCP and WebSocket handshake together.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 
-/// What the WebSocket's thread is told.
+/// What the WebSocket's task is told.
 pub(super) enum Order {
     /// Send an event; dropped while not joined.
     Say(&'static str, Value),
@@ -44,34 +44,42 @@ pub(super) enum Report {
     Lost(String),
 }
 
-/// Starts the thread; `public_key` is 44 characters of base64.
+/// The runtime of one or many WebSockets, on a thread of its own.
+pub(super) fn runtime() -> Result<Handle> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    std::thread::Builder::new()
+        .name("portal".into())
+        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    Ok(handle)
+}
+
+/// Starts the task; `public_key` is 44 characters of base64.
 pub(super) fn start(
     config: &Config,
     public_key: String,
-    inputs: Arc<Inputs>,
-) -> Result<mpsc::UnboundedSender<Order>> {
+    inputs: Inputs,
+    runtime: &Handle,
+) -> mpsc::UnboundedSender<Order> {
     let (orders, mut queue) = mpsc::unbounded_channel();
     let config = config.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("portal".into()).spawn(move || {
-        runtime.block_on(async {
-            let mut public_key = public_key;
-            loop {
-                match session(&config, &public_key, &inputs, &mut queue).await {
-                    Ok(Some(new_key)) => {
-                        public_key = new_key;
-                        inputs.send(Input::Portal(Report::Lost("logging in again".into())));
-                        continue;
-                    }
-                    // The event loop is gone.
-                    Ok(None) => return,
-                    Err(error) => inputs.send(Input::Portal(Report::Lost(format!("{error:#}")))),
+    runtime.spawn(async move {
+        let mut public_key = public_key;
+        loop {
+            match session(&config, &public_key, &inputs, &mut queue).await {
+                Ok(Some(new_key)) => {
+                    public_key = new_key;
+                    inputs(Input::Portal(Report::Lost("logging in again".into())));
+                    continue;
                 }
-                tokio::time::sleep(RETRY).await;
+                // The event loop is gone.
+                Ok(None) => return,
+                Err(error) => inputs(Input::Portal(Report::Lost(format!("{error:#}")))),
             }
-        });
-    })?;
-    Ok(orders)
+            tokio::time::sleep(RETRY).await;
+        }
+    });
+    orders
 }
 
 /// One WebSocket, from dialling to its end. `Some(key)` asks for a new one with this key, `None` for the end.
@@ -121,11 +129,11 @@ async fn session(
                     match (frame.event.as_str(), frame.reference) {
                         ("phx_reply", Some(0)) if frame.is_ok_reply() => {
                             joined = true;
-                            inputs.send(Input::Portal(Report::Joined));
+                            inputs(Input::Portal(Report::Joined));
                         }
                         ("phx_reply", Some(0)) => bail!("the portal refused the join"),
                         ("phx_reply", _) => {}
-                        _ => inputs.send(Input::Portal(Report::Pushed(frame))),
+                        _ => inputs(Input::Portal(Report::Pushed(frame))),
                     }
                 }
                 Message::Close(_) => bail!("the portal closed the connection"),

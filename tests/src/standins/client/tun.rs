@@ -17,6 +17,25 @@ use super::inner::MAX_INNER;
 const RANGES: [&str; 4] =
     ["100.64.0.0/11", "100.96.0.0/11", "fd00:2021:1111::/107", "fd00:2021:1111:8000::/107"];
 
+/// Where the packets of a client come out: a TUN device, or who counts them.
+pub(super) trait Inside {
+    /// The portal has assigned addresses.
+    fn configure(&self, ipv4: Ipv4Addr, ipv6: Ipv6Addr, routes: &[IpNet]) -> Result<()>;
+
+    /// Packets that arrived, each behind [`HEADROOM`] bytes. The buffers are scratch afterwards.
+    fn write(&mut self, batch: &mut [Vec<u8>]) -> io::Result<()>;
+}
+
+impl Inside for Tun {
+    fn configure(&self, ipv4: Ipv4Addr, ipv6: Ipv6Addr, routes: &[IpNet]) -> Result<()> {
+        Self::configure(self, ipv4, ipv6, routes)
+    }
+
+    fn write(&mut self, batch: &mut [Vec<u8>]) -> io::Result<()> {
+        Self::write(self, batch)
+    }
+}
+
 /// An open TUN device.
 pub(super) struct Tun {
     device: SyncDevice,

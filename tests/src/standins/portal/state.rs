@@ -183,7 +183,7 @@ impl State {
             Some(plan) => Device { id: plan.id, ipv4: plan.ipv4, ipv6: plan.ipv6, secret: rand::random() },
             None => {
                 let nth = self.devices.keys().filter(|(role, _)| *role == login.role).count() + 1;
-                let nth = u8::try_from(nth).unwrap_or(u8::MAX);
+                let nth = u16::try_from(nth).unwrap_or(u16::MAX);
                 let net = match login.role {
                     Role::Gateway => 1_u8,
                     Role::Client => 2,
@@ -191,8 +191,10 @@ impl State {
                 Device {
                     id: derive::uuid_from(&format!("{} {}", login.role.topic(), login.external_id)),
                     // Planned devices may hold the low addresses.
-                    ipv4: Ipv4Addr::new(100, 64, net, 100_u8.saturating_add(nth)),
-                    ipv6: Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0, 0, 0, net.into(), 0x100 + u16::from(nth)),
+                    ipv4: Ipv4Addr::from_bits(
+                        Ipv4Addr::new(100, 64, net, 100).to_bits() + u32::from(nth),
+                    ),
+                    ipv6: Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0, 0, 0, net.into(), nth.saturating_add(0x100)),
                     secret: rand::random(),
                 }
             }

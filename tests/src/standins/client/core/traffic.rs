@@ -9,10 +9,10 @@ use boringtun::noise::{Packet, Tunn};
 use is::stun::StunMessage;
 use uuid::Uuid;
 
-use super::{Client, REQUEST_PAUSE, WAITING_LIMIT, emit};
+use super::{Client, REQUEST_PAUSE, WAITING_LIMIT};
 use crate::standins::client::config::Event;
 use crate::standins::client::inner::{self, Meaning};
-use crate::standins::client::tun::{HEADROOM, Tun};
+use crate::standins::client::tun::{HEADROOM, Inside, Tun};
 use crate::standins::client::turn::Received;
 use crate::standins::client::udp::{Datagram, Inbox};
 
@@ -22,12 +22,12 @@ const READS_PER_TURN: usize = 4;
 impl Client {
     // ---- datagrams in -------------------------------------------------------------------------
 
-    /// Reads both sockets and writes what was in them to the TUN.
+    /// Reads both sockets and writes what was in them to the inside.
     pub(in crate::standins::client) fn read_udp(
         &mut self,
         now: Instant,
         inbox: &mut Inbox,
-        tun: &mut Tun,
+        inside: &mut dyn Inside,
     ) -> Result<()> {
         for v6 in [false, true] {
             for _ in 0..READS_PER_TURN {
@@ -39,18 +39,18 @@ impl Client {
                 for datagram in inbox.datagrams() {
                     self.handle_datagram(&datagram, now);
                     if self.decrypted_count == tun_rs::IDEAL_BATCH_SIZE {
-                        self.write_tun(tun);
+                        self.write_inside(inside);
                     }
                 }
             }
         }
-        self.write_tun(tun);
+        self.write_inside(inside);
         Ok(())
     }
 
-    fn write_tun(&mut self, tun: &mut Tun) {
+    fn write_inside(&mut self, inside: &mut dyn Inside) {
         let count = std::mem::take(&mut self.decrypted_count);
-        if count > 0 && tun.write(&mut self.decrypted[..count]).is_err() {
+        if count > 0 && inside.write(&mut self.decrypted[..count]).is_err() {
             self.stats.dropped += 1;
         }
     }
@@ -127,17 +127,17 @@ impl Client {
             Meaning::Ordinary => self.decrypted_count += 1,
             Meaning::Prohibited(dst) => {
                 self.decrypted_count += 1;
-                emit(Event::IcmpProhibited { dst });
+                (self.emit)(Event::IcmpProhibited { dst });
                 if self.config.on_demand {
                     self.request_again(dst, now);
                 }
             }
             Meaning::Unreachable(dst) => {
                 self.decrypted_count += 1;
-                emit(Event::IcmpUnreachable { dst });
+                (self.emit)(Event::IcmpUnreachable { dst });
             }
             Meaning::Goodbye => {
-                emit(Event::Goodbye { gateway });
+                (self.emit)(Event::Goodbye { gateway });
                 self.close(gateway, "goodbye");
             }
             Meaning::Control => {}
