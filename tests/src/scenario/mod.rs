@@ -6,6 +6,7 @@
 mod access;
 pub mod client;
 mod crowd;
+mod floods;
 pub mod lab;
 mod links;
 mod network;

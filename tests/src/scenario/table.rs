@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Scenario, access, crowd, links, network, paths, relays, start, transfers, trouble};
+use super::{Scenario, access, crowd, floods, links, network, paths, relays, start, transfers, trouble};
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
 const fn scenario(
@@ -126,6 +126,14 @@ pub static SCENARIOS: &[Scenario] = &[
         trouble::hostile_datagrams,
     )
     .core(),
+    scenario("a flood of random datagrams", direct::plan, 60, floods::random),
+    scenario("a flood of forged handshakes", direct::plan, 60, floods::forged),
+    scenario(
+        "a flood of forged handshakes with proven addresses",
+        direct::plan,
+        60,
+        floods::forged_with_cookies,
+    ),
     scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance),
     scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate)
         .core(),

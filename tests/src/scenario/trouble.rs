@@ -303,7 +303,7 @@ fn notations(secret: &str) -> Vec<String> {
 }
 
 /// One datagram that no honest peer sends.
-fn junk(random: &mut SmallRng) -> Vec<u8> {
+pub(super) fn junk(random: &mut SmallRng) -> Vec<u8> {
     let length = match random.random_range(0..8) {
         0 => random.random_range(0..4),
         1 => random.random_range(1_400..9_000),

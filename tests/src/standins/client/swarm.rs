@@ -39,8 +39,10 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(2);
 const SILENCE: Duration = Duration::from_secs(15);
 /// An echo request that is not answered is sent again after this long.
 const ECHO_PAUSE: Duration = Duration::from_millis(500);
-/// Members do not act in step.
-const JITTER_MS: u64 = 500;
+/// Members do not act in step: a swarm acts within this many milliseconds for each member, and at least
+/// [`MIN_JITTER_MS`].
+const JITTER_MS: u64 = 1;
+const MIN_JITTER_MS: u64 = 200;
 /// epoll's name for the queue.
 const WAKE: u64 = u64::MAX;
 
@@ -271,8 +273,8 @@ impl Swarm {
             }
             Wake::Command(SwarmCommand::Want { resource }) => {
                 self.wanted = Some(resource);
-                for member in &mut self.members {
-                    member.ask_at = Some(now);
+                for index in 0..self.members.len() {
+                    self.members[index].ask_at = Some(self.soon(now));
                 }
                 self.tick(now);
             }
@@ -321,8 +323,8 @@ impl Swarm {
     /// Follows what members said.
     fn listen(&mut self, now: Instant) {
         let said = std::mem::take(&mut *self.said.borrow_mut());
-        let soon = || now + Duration::from_millis(rand::random_range(0..JITTER_MS));
         for (index, event) in said {
+            let soon = self.soon(now);
             let Some(member) = self.members.get_mut(index) else { continue };
             match event {
                 Event::Joined { ipv4: std::net::IpAddr::V4(address), .. } => member.address = Some(address),
@@ -335,14 +337,14 @@ impl Swarm {
                 Event::Goodbye { .. } => self.report.goodbyes += 1,
                 Event::Closed { reason, .. } => {
                     member.established = false;
-                    member.ask_at = self.wanted.map(|_| soon());
+                    member.ask_at = self.wanted.map(|_| soon);
                     self.report.closed += 1;
                     if reason != "goodbye" {
                         self.complain(format!("{index}: {reason}"));
                     }
                 }
                 Event::Refused { .. } => {
-                    member.ask_at = Some(soon() + REFUSED_PAUSE);
+                    member.ask_at = Some(soon + REFUSED_PAUSE);
                     self.report.refused += 1;
                 }
                 Event::Error { message } => self.complain(format!("{index}: {message}")),
@@ -350,6 +352,12 @@ impl Swarm {
                 _ => {}
             }
         }
+    }
+
+    /// When a member acts that has a reason to act now.
+    fn soon(&self, now: Instant) -> Instant {
+        let within = (self.config.clients as u64 * JITTER_MS).max(MIN_JITTER_MS);
+        now + Duration::from_millis(rand::random_range(0..within))
     }
 
     fn complain(&mut self, message: String) {

@@ -380,7 +380,8 @@ impl Turn {
         let mut active_failed = false;
         for request in due {
             if now >= request.first_sent + BUDGET {
-                active_failed |= self.active.as_ref().is_some_and(|a| a.server == request.server);
+                // Without any answer yet it goes on asking: a relay may be too busy for a while.
+                active_failed |= self.active.as_ref().is_none_or(|a| a.server == request.server);
                 continue;
             }
             let timeout = request.timeout.mul_f64(1.5);

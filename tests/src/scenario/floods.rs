@@ -1,0 +1,281 @@
+//! Floods from strangers, while a client works, others connect, and an operator's probe asks how it is.
+
+use std::{
+    net::{SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use base64::Engine as _;
+use boringtun::{
+    noise::{Tunn, TunnResult},
+    x25519::{PublicKey, StaticSecret},
+};
+use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
+
+use super::{
+    Context,
+    lab::{Download, Lab, Options, health, http_both, lan4, lan6},
+    swarm::Swarm,
+    trouble::junk,
+};
+use crate::{
+    net::{NetNs, process::run, topology::LAN_HOST},
+    standins::{
+        client::SwarmCommand,
+        portal::{Direction, Role},
+    },
+};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The gateway's UDP port (connections.md section 2.1).
+const PORT: u16 = 52625;
+/// Sockets of the flood, each another source port.
+const SOURCES: usize = 32;
+/// Different datagrams that a flood repeats.
+const DATAGRAMS: usize = 512;
+/// Clients that connect while the flood runs.
+const NEWCOMERS: usize = 16;
+/// The flood's pace per second, far above every budget. Without a pace it would be the test machine that gives out: flood,
+/// clients, relay, LAN and gateway share its few cores.
+const PACE: u64 = 20_000;
+
+/// Random bytes, and headers that lead deep into each parser.
+pub(super) fn random(cx: &mut Context) -> Result<()> {
+    let mut random = SmallRng::seed_from_u64(0xf100d);
+    let datagrams = (0..DATAGRAMS)
+        .map(|n| {
+            let mut bytes = junk(&mut random);
+            if n % 2 == 0 {
+                random.fill_bytes(&mut bytes);
+            }
+            bytes.truncate(1400);
+            bytes
+        })
+        .collect();
+    flood(cx, &|_, _| Ok(datagrams_for_all(&datagrams)))
+}
+
+/// Initiations with a valid MAC1 by keys that nobody knows: each must be opened to see that.
+pub(super) fn forged(cx: &mut Context) -> Result<()> {
+    flood(cx, &|gateway, _| {
+        let datagrams = (0..DATAGRAMS).map(|_| initiation(&mut stranger(gateway))).collect::<Result<_>>()?;
+        Ok(datagrams_for_all(&datagrams))
+    })
+}
+
+/// The same by attackers that own their addresses: each answers the cookie, so that its initiations prove where they come
+/// from (MAC2).
+pub(super) fn forged_with_cookies(cx: &mut Context) -> Result<()> {
+    flood(cx, &|gateway, sources| {
+        let mut all = Vec::new();
+        // Beyond the budget of strangers the answer is a cookie.
+        for socket in sources {
+            for _ in 0..20 {
+                socket.send(&initiation(&mut stranger(gateway))?)?;
+            }
+        }
+        for socket in sources {
+            all.push(proven(gateway, socket)?);
+        }
+        Ok(all)
+    })
+}
+
+/// The datagrams of each source.
+type Ammunition = Vec<Vec<Vec<u8>>>;
+
+fn datagrams_for_all(datagrams: &Vec<Vec<u8>>) -> Ammunition {
+    vec![datagrams.clone(); SOURCES]
+}
+
+/// Somebody with a fresh key who knows the gateway's.
+fn stranger(gateway: PublicKey) -> Tunn {
+    let secret = StaticSecret::from(rand::random::<[u8; 32]>());
+    Tunn::new(secret, gateway, None, None, rand::random::<u32>() >> 8, None)
+}
+
+fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
+    match tunn.format_handshake_initiation(&mut [0; 148], true) {
+        TunnResult::WriteToNetwork(bytes) => Ok(bytes.to_vec()),
+        other => bail!("no initiation: {other:?}"),
+    }
+}
+
+/// Initiations with the MAC2 that this socket's address earns.
+fn proven(gateway: PublicKey, socket: &UdpSocket) -> Result<Vec<Vec<u8>>> {
+    /// A cookie is sealed for one sender's initiation, so each key needs its own.
+    const KEYS: usize = 4;
+    let mut datagrams = Vec::new();
+    let deadline = Instant::now() + 5 * SECOND;
+    while datagrams.len() < KEYS {
+        ensure!(Instant::now() < deadline, "the gateway sent no cookie");
+        let mut attacker = stranger(gateway);
+        socket.send(&initiation(&mut attacker)?)?;
+        let mut answer = [0; 256];
+        socket.set_read_timeout(Some(SECOND / 20))?;
+        while let Ok(length) = socket.recv(&mut answer) {
+            // Answers to others than this one are none of its business.
+            let _not_mine = attacker.decapsulate(None, &answer[..length], &mut [0; 256]);
+        }
+        let second = initiation(&mut attacker)?;
+        // MAC2 is the last 16 bytes, zero as long as there is no cookie.
+        if second[132..] != [0; 16] {
+            datagrams.push(second);
+        }
+    }
+    Ok(datagrams)
+}
+
+/// How a gateway feels.
+struct Figures {
+    ping_median: f64,
+    ping_worst: f64,
+    pings_lost: u32,
+    health_worst: Duration,
+}
+
+impl std::fmt::Display for Figures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { ping_median, ping_worst, pings_lost, health_worst } = self;
+        write!(f, "ping median {ping_median:.1} ms, worst {ping_worst:.1} ms, {pings_lost} of {PINGS} lost; ")?;
+        write!(f, "/healthz at most {:.0} ms", health_worst.as_secs_f64() * 1e3)
+    }
+}
+
+const PINGS: u32 = 60;
+
+fn flood(cx: &Context, load: &dyn Fn(PublicKey, &[UdpSocket]) -> Result<Ammunition>) -> Result<()> {
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let client = &cx.topology.clients[0].namespace;
+    let login = (&*lab.portal.url(), &*lab.client_token.clone());
+    let mut newcomers = Swarm::start(cx, client, login, "newcomer", NEWCOMERS, 20_000, 100)?;
+    newcomers.wait_ready(15 * SECOND)?;
+    let quiet = figures(cx, client)?;
+    println!("      without: {quiet}");
+
+    let gateway = SocketAddr::new(cx.topology.gateway.v4.into(), PORT);
+    let sources = (0..SOURCES)
+        .map(|_| {
+            let socket = cx.topology.portal.namespace.run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
+            socket.connect(gateway)?;
+            Ok(socket)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let ammunition = load(gateway_key(&lab)?, &sources)?;
+    let transfer = Download::start(cx, client, "transfer", &format!("http://{}/slow", LAN_HOST.0))?;
+    let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| -> Result<()> {
+        scope.spawn(|| fire(&sources, &ammunition, &stop, &sent));
+        // The flood must end whatever becomes of the rest, or the scope would wait for ever.
+        let result = under_fire(cx, &lab, &mut newcomers, &transfer, &sent);
+        stop.store(true, Ordering::Relaxed);
+        result
+    })?;
+    http_both(client).context("after the flood")?;
+    ensure!(lab.portal.online(Role::Gateway).len() == 1, "the gateway lost its portal");
+    lab.finish()
+}
+
+/// What must work meanwhile.
+fn under_fire(
+    cx: &Context,
+    lab: &Lab,
+    newcomers: &mut Swarm,
+    transfer: &Download,
+    sent: &AtomicU64,
+) -> Result<()> {
+    let client = &cx.topology.clients[0].namespace;
+    std::thread::sleep(SECOND / 2);
+    let (began, before, cpu) = (Instant::now(), sent.load(Ordering::Relaxed), lab.gateway.cpu_time()?);
+    let pressed = figures(cx, client)?;
+    transfer.wait_growth(3 * SECOND).context("an established session's transfer")?;
+    let asked = Instant::now();
+    newcomers.command(&SwarmCommand::Want { resource: lan4().id })?;
+    // A lost handshake message is repeated after 5 s.
+    let report = newcomers.wait_established(20 * SECOND).context("clients that come during the flood")?;
+    newcomers.command(&SwarmCommand::Echo { to: LAN_HOST.0 })?;
+    newcomers.wait("echoes", 5 * SECOND, |report| report.reached == NEWCOMERS)?;
+    let (connected, took) = (asked.elapsed(), began.elapsed().as_secs_f64());
+    let rate = (sent.load(Ordering::Relaxed) - before) as f64 / took;
+    let cpu = lab.gateway.cpu_time()?.saturating_sub(cpu).as_secs_f64() / took;
+    println!("      {rate:.0} datagrams/s: {pressed}; gateway at {:.0} % of a core", 100.0 * cpu);
+    println!(
+        "      {NEWCOMERS} newcomers reached the LAN in {:.1} s, the slowest session took {} ms",
+        connected.as_secs_f64(),
+        report.slowest_ms
+    );
+    ensure!(rate > PACE as f64 / 4.0, "this was no flood: {rate:.0} datagrams per second");
+    ensure!(pressed.pings_lost <= PINGS / 5, "{} of {PINGS} echoes were lost", pressed.pings_lost);
+    ensure!(pressed.health_worst < SECOND, "/healthz took {:?}", pressed.health_worst);
+    Ok(())
+}
+
+/// The gateway's public key, as its log-in said.
+fn gateway_key(lab: &Lab) -> Result<PublicKey> {
+    let entry = lab.portal.wait_for(SECOND, |entry| {
+        entry.peer == Role::Gateway && entry.dir == Direction::Connect
+    })?;
+    let text = entry.msg["query"]["public_key"].as_str().context("the log-in names a public key")?;
+    let bytes = base64::engine::general_purpose::STANDARD.decode(text)?;
+    let key: [u8; 32] = bytes.try_into().ok().context("a key of 32 bytes")?;
+    Ok(PublicKey::from(key))
+}
+
+/// Sends at the pace until it is told to stop.
+fn fire(sources: &[UdpSocket], ammunition: &Ammunition, stop: &AtomicBool, sent: &AtomicU64) {
+    const BURST: u64 = 64;
+    let started = Instant::now();
+    let mut count = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let due = started.elapsed().as_micros() as u64 * PACE / 1_000_000;
+        if count + BURST > due {
+            std::thread::sleep(Duration::from_millis(1));
+            continue;
+        }
+        // After a pause that the scheduler made, the flood goes on at its pace and does not catch up.
+        count = count.max(due.saturating_sub(10 * BURST));
+        for _ in 0..BURST {
+            let source = usize::try_from(count).unwrap_or(0);
+            let (socket, datagrams) = (&sources[source % SOURCES], &ammunition[source % SOURCES]);
+            // A full queue, or an answer that nobody read, is no failure of the flood.
+            let _lost = socket.send(&datagrams[source / SOURCES % datagrams.len()]);
+            count += 1;
+            sent.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Pings the LAN through the tunnel for three seconds and asks the health port meanwhile.
+fn figures(cx: &Context, client: &NetNs) -> Result<Figures> {
+    let count = PINGS.to_string();
+    let address = LAN_HOST.0.to_string();
+    let command = ["ping", "-n", "-c", &count, "-i", "0.05", "-W", "1", &address];
+    std::thread::scope(|scope| {
+        let ping = scope.spawn(|| run(client, 15 * SECOND, &command));
+        let mut health_worst = Duration::ZERO;
+        for _ in 0..10 {
+            let asked = Instant::now();
+            let (status, _) = health(cx, "/healthz")?;
+            health_worst = health_worst.max(asked.elapsed());
+            ensure!(status == 200, "/healthz answered {status}");
+            std::thread::sleep(SECOND / 10);
+        }
+        let said = ping.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?.stdout;
+        let mut times: Vec<f64> = said
+            .lines()
+            .filter_map(|line| line.split_once("time=")?.1.split(' ').next()?.parse().ok())
+            .collect();
+        times.sort_by(f64::total_cmp);
+        ensure!(!times.is_empty(), "no echo came back: {said}");
+        Ok(Figures {
+            ping_median: times[times.len() / 2],
+            ping_worst: times[times.len() - 1],
+            pings_lost: PINGS.saturating_sub(u32::try_from(times.len())?),
+            health_worst,
+        })
+    })
+}
