@@ -50,9 +50,7 @@ fn main() -> anyhow::Result<std::process::ExitCode> {
             client::plain_main(&arguments).map(|()| std::process::ExitCode::SUCCESS)
         }
         Command::Bench(arguments) => bench::run(&arguments),
-        Command::Swarm(arguments) => {
-            client::swarm_main(&arguments).map(|()| std::process::ExitCode::SUCCESS)
-        }
+        Command::Swarm(arguments) => client::swarm_main(&arguments).map(|()| std::process::ExitCode::SUCCESS),
         Command::Janitor { pid } => {
             janitor::watch(pid)?;
             Ok(std::process::ExitCode::SUCCESS)

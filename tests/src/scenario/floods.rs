@@ -70,17 +70,8 @@ pub(super) fn forged(cx: &mut Context) -> Result<()> {
 /// from (MAC2).
 pub(super) fn forged_with_cookies(cx: &mut Context) -> Result<()> {
     flood(cx, &|gateway, sources| {
-        let mut all = Vec::new();
-        // Beyond the budget of strangers the answer is a cookie.
-        for socket in sources {
-            for _ in 0..20 {
-                socket.send(&initiation(&mut stranger(gateway))?)?;
-            }
-        }
-        for socket in sources {
-            all.push(proven(gateway, socket)?);
-        }
-        Ok(all)
+        let pressure = (0..200).map(|_| initiation(&mut stranger(gateway))).collect::<Result<Vec<_>>>()?;
+        sources.iter().map(|socket| proven(gateway, socket, &sources[0], &pressure)).collect()
     })
 }
 
@@ -104,8 +95,14 @@ fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
     }
 }
 
-/// Initiations with the MAC2 that this socket's address earns.
-fn proven(gateway: PublicKey, socket: &UdpSocket) -> Result<Vec<Vec<u8>>> {
+/// Initiations with the MAC2 that this socket's address earns. Only beyond the budget of strangers is the answer a cookie,
+/// so another one sends `pressure` before.
+fn proven(
+    gateway: PublicKey,
+    socket: &UdpSocket,
+    other: &UdpSocket,
+    pressure: &[Vec<u8>],
+) -> Result<Vec<Vec<u8>>> {
     /// A cookie is sealed for one sender's initiation, so each key needs its own.
     const KEYS: usize = 4;
     let mut datagrams = Vec::new();
@@ -113,12 +110,18 @@ fn proven(gateway: PublicKey, socket: &UdpSocket) -> Result<Vec<Vec<u8>>> {
     while datagrams.len() < KEYS {
         ensure!(Instant::now() < deadline, "the gateway sent no cookie");
         let mut attacker = stranger(gateway);
+        for datagram in pressure {
+            other.send(datagram)?;
+        }
         socket.send(&initiation(&mut attacker)?)?;
         let mut answer = [0; 256];
         socket.set_read_timeout(Some(SECOND / 20))?;
-        while let Ok(length) = socket.recv(&mut answer) {
-            // Answers to others than this one are none of its business.
-            let _not_mine = attacker.decapsulate(None, &answer[..length], &mut [0; 256]);
+        // What comes for the pressure of before is none of its business.
+        for _ in 0..pressure.len() {
+            let Ok(length) = socket.recv(&mut answer) else { break };
+            if !matches!(attacker.decapsulate(None, &answer[..length], &mut [0; 256]), TunnResult::Err(_)) {
+                break;
+            }
         }
         let second = initiation(&mut attacker)?;
         // MAC2 is the last 16 bytes, zero as long as there is no cookie.
@@ -140,7 +143,10 @@ struct Figures {
 impl std::fmt::Display for Figures {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { ping_median, ping_worst, pings_lost, health_worst } = self;
-        write!(f, "ping median {ping_median:.1} ms, worst {ping_worst:.1} ms, {pings_lost} of {PINGS} lost; ")?;
+        write!(
+            f,
+            "ping median {ping_median:.1} ms, worst {ping_worst:.1} ms, {pings_lost} of {PINGS} lost; "
+        )?;
         write!(f, "/healthz at most {:.0} ms", health_worst.as_secs_f64() * 1e3)
     }
 }
@@ -216,9 +222,9 @@ fn under_fire(
 
 /// The gateway's public key, as its log-in said.
 fn gateway_key(lab: &Lab) -> Result<PublicKey> {
-    let entry = lab.portal.wait_for(SECOND, |entry| {
-        entry.peer == Role::Gateway && entry.dir == Direction::Connect
-    })?;
+    let entry = lab
+        .portal
+        .wait_for(SECOND, |entry| entry.peer == Role::Gateway && entry.dir == Direction::Connect)?;
     let text = entry.msg["query"]["public_key"].as_str().context("the log-in names a public key")?;
     let bytes = base64::engine::general_purpose::STANDARD.decode(text)?;
     let key: [u8; 32] = bytes.try_into().ok().context("a key of 32 bytes")?;

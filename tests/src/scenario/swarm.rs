@@ -81,7 +81,8 @@ impl Swarm {
         self.command(&SwarmCommand::Report)?;
         let mut line = String::new();
         self.reports.read_line(&mut line)?;
-        serde_json::from_str(&line).with_context(|| format!("the swarm said {line:?}: {}", self.process.log()))
+        serde_json::from_str(&line)
+            .with_context(|| format!("the swarm said {line:?}: {}", self.process.log()))
     }
 
     /// Waits for a report that answers `question` with true.

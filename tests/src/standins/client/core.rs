@@ -132,7 +132,9 @@ impl Client {
                     self.net.flush();
                 }
                 (Err(error), _) => (self.emit)(Event::Error { message: format!("send_inner: {error}") }),
-                (_, None) => (self.emit)(Event::Error { message: "send_inner: there is no connection".into() }),
+                (_, None) => {
+                    (self.emit)(Event::Error { message: "send_inner: there is no connection".into() })
+                }
             },
             Command::SendOuter { to, hex } => match hex::decode(&hex) {
                 Ok(bytes) => self.net.sockets.send(None, to, 0, None, &bytes),

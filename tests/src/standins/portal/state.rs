@@ -191,10 +191,17 @@ impl State {
                 Device {
                     id: derive::uuid_from(&format!("{} {}", login.role.topic(), login.external_id)),
                     // Planned devices may hold the low addresses.
-                    ipv4: Ipv4Addr::from_bits(
-                        Ipv4Addr::new(100, 64, net, 100).to_bits() + u32::from(nth),
+                    ipv4: Ipv4Addr::from_bits(Ipv4Addr::new(100, 64, net, 100).to_bits() + u32::from(nth)),
+                    ipv6: Ipv6Addr::new(
+                        0xfd00,
+                        0x2021,
+                        0x1111,
+                        0,
+                        0,
+                        0,
+                        net.into(),
+                        nth.saturating_add(0x100),
                     ),
-                    ipv6: Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0, 0, 0, net.into(), nth.saturating_add(0x100)),
                     secret: rand::random(),
                 }
             }
