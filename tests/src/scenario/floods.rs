@@ -45,7 +45,7 @@ const PACE: u64 = 20_000;
 /// Random bytes, and headers that lead deep into each parser.
 pub(super) fn random(cx: &mut Context) -> Result<()> {
     let mut random = SmallRng::seed_from_u64(0xf100d);
-    let datagrams = (0..DATAGRAMS)
+    let datagrams: Vec<Vec<u8>> = (0..DATAGRAMS)
         .map(|n| {
             let mut bytes = junk(&mut random);
             if n % 2 == 0 {
@@ -61,7 +61,8 @@ pub(super) fn random(cx: &mut Context) -> Result<()> {
 /// Initiations with a valid MAC1 by keys that nobody knows: each must be opened to see that.
 pub(super) fn forged(cx: &mut Context) -> Result<()> {
     flood(cx, &|gateway, _| {
-        let datagrams = (0..DATAGRAMS).map(|_| initiation(&mut stranger(gateway))).collect::<Result<_>>()?;
+        let datagrams =
+            (0..DATAGRAMS).map(|_| initiation(&mut stranger(gateway))).collect::<Result<Vec<_>>>()?;
         Ok(datagrams_for_all(&datagrams))
     })
 }
@@ -78,8 +79,8 @@ pub(super) fn forged_with_cookies(cx: &mut Context) -> Result<()> {
 /// The datagrams of each source.
 type Ammunition = Vec<Vec<Vec<u8>>>;
 
-fn datagrams_for_all(datagrams: &Vec<Vec<u8>>) -> Ammunition {
-    vec![datagrams.clone(); SOURCES]
+fn datagrams_for_all(datagrams: &[Vec<u8>]) -> Ammunition {
+    vec![datagrams.to_vec(); SOURCES]
 }
 
 /// Somebody with a fresh key who knows the gateway's.
@@ -237,7 +238,8 @@ fn fire(sources: &[UdpSocket], ammunition: &Ammunition, stop: &AtomicBool, sent:
     let started = Instant::now();
     let mut count = 0;
     while !stop.load(Ordering::Relaxed) {
-        let due = started.elapsed().as_micros() as u64 * PACE / 1_000_000;
+        let due =
+            u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_mul(PACE) / 1000;
         if count + BURST > due {
             std::thread::sleep(Duration::from_millis(1));
             continue;
