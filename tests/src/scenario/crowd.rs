@@ -21,6 +21,9 @@ const SECOND: Duration = Duration::from_secs(1);
 const FIRST_PORT: u16 = 20_000;
 /// Log-ins per second: the portal stand-in is no part of what is tested.
 const PACE: u32 = 500;
+/// Under load a relayed path may be chosen first and fail; who is on it finds out after 16.5 s (connections.md section
+/// 6.6) and asks again.
+const ECHO_LIMIT: Duration = Duration::from_secs(60);
 
 /// 200 ask at the same moment; every one is connected, reaches the LAN, and hears goodbye at the end.
 pub(super) fn all_at_once(cx: &mut Context) -> Result<()> {
@@ -112,7 +115,11 @@ fn connect(lab: &Lab, swarm: &mut Swarm, count: usize, limit: Duration) -> Resul
 fn echo(swarm: &mut Swarm, count: usize) -> Result<()> {
     let before = swarm.report()?.echoes_sent;
     swarm.command(&SwarmCommand::Echo { to: LAN_HOST.0 })?;
-    let report = swarm.wait("echoes", 10 * SECOND, |report| report.reached == count)?;
-    println!("      {count} clients reached the LAN with {} echo requests", report.echoes_sent - before);
+    let report = swarm.wait("echoes", ECHO_LIMIT, |report| report.reached == count)?;
+    println!(
+        "      {count} clients ({} relayed) reached the LAN with {} echo requests",
+        report.relayed,
+        report.echoes_sent - before
+    );
     Ok(())
 }

@@ -99,6 +99,8 @@ pub struct SwarmReport {
     pub relays: usize,
     /// Members with a WireGuard session.
     pub established: usize,
+    /// Members whose chosen path goes through a relay.
+    pub relayed: usize,
     /// How often the gateway said goodbye.
     pub goodbyes: u64,
     /// How often a connection ended, for whatever reason.
@@ -149,6 +151,7 @@ struct Member {
     address: Option<Ipv4Addr>,
     has_relay: bool,
     established: bool,
+    relayed: bool,
     /// When it asks for what it wants, unless something happens before.
     ask_at: Option<Instant>,
     /// Where echo requests go until one is answered, how many answers there were before, and when to send the next.
@@ -257,6 +260,7 @@ impl Swarm {
             address: None,
             has_relay: false,
             established: false,
+            relayed: false,
             ask_at: self.wanted.map(|_| now),
             echo: None,
             deadline: now,
@@ -290,6 +294,7 @@ impl Swarm {
                     joined: count(|member| member.address.is_some()),
                     relays: count(|member| member.has_relay),
                     established: count(|member| member.established),
+                    relayed: count(|member| member.established && member.relayed),
                     reached: count(|member| member.is_reached()),
                     echoes: self.members.iter().map(|member| member.counter.echoes).sum(),
                     ..self.report.clone()
@@ -334,6 +339,7 @@ impl Swarm {
                     member.ask_at = None;
                     self.report.slowest_ms = self.report.slowest_ms.max(ms);
                 }
+                Event::Path { kind, .. } => member.relayed = kind.is_relayed(),
                 Event::Goodbye { .. } => self.report.goodbyes += 1,
                 Event::Closed { reason, .. } => {
                     member.established = false;
