@@ -49,6 +49,9 @@ pub(super) fn far_plan() -> Plan {
     Plan { link, ..Plan::new("direct, 50 ms round trip at 100 Mbit/s") }
 }
 
+/// Of the throughput without a tunnel. Headers alone cost 5 %: 1228 bytes of TCP in 1354 on the wire, against 1448 in 1514.
+const NO_LESS: f64 = 0.9;
+
 /// Over a long path the tunnel carries about what the path without it does, and keeps packets in order.
 pub(super) fn far(cx: &mut Context) -> Result<()> {
     let mut lab = Lab::start(cx, &Options::default())?;
@@ -62,12 +65,21 @@ pub(super) fn far(cx: &mut Context) -> Result<()> {
         Ok(iperf3(client, plain_server, &["-n", "1000"]).is_ok().then_some(()))
     })?;
     for direction in ["", "-R"] {
-        let plain = mbit(client, plain_server, direction)?;
-        let tunnel = mbit(client, LAN_HOST.0.into(), direction)?;
-        println!("      {direction:>2} plain {plain:.0} Mbit/s, tunnel {tunnel:.0} Mbit/s");
+        // A busy machine can spoil a round; it does not spoil the best of three by a fault of the gateway's.
+        let mut best: f64 = 0.0;
+        for _ in 0..3 {
+            let plain = mbit(client, plain_server, direction)?;
+            let tunnel = mbit(client, LAN_HOST.0.into(), direction)?;
+            println!("      {direction:>2} plain {plain:.1} Mbit/s, tunnel {tunnel:.1} Mbit/s");
+            best = best.max(tunnel / plain);
+            if best >= NO_LESS {
+                break;
+            }
+        }
         ensure!(
-            tunnel > plain / 2.0,
-            "TCP {direction}: {tunnel:.1} Mbit/s in the tunnel, {plain:.1} without"
+            best >= NO_LESS,
+            "TCP {direction}: {:.1} % of what the path carries without it",
+            100.0 * best
         );
         let arguments = ["-u", "-b", "40M", "-l", "1200", "-t", "2", direction];
         let report = iperf3(client, LAN_HOST.1.into(), &arguments)?;
@@ -80,7 +92,7 @@ pub(super) fn far(cx: &mut Context) -> Result<()> {
 }
 
 fn mbit(client: &NetNs, server: IpAddr, direction: &str) -> Result<f64> {
-    let report = iperf3(client, server, &["-t", "4", direction])?;
+    let report = iperf3(client, server, &["-t", "4", "-O", "1", direction])?;
     let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
     Ok(bits.context("iperf3's sum")? / 1e6)
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Scenario, access, crowd, floods, links, network, paths, relays, start, transfers, trouble};
+use super::{
+    Scenario, access, churn, crowd, floods, links, network, paths, relays, start, transfers, trouble,
+};
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
 const fn scenario(
@@ -83,7 +85,7 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
     scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 60, paths::lossy),
     scenario("a fifth of all packets is lost: TCP", links::fifth_lost_plan, 120, links::fifth_lost),
-    scenario("50 ms: throughput and order", links::far_plan, 60, links::far),
+    scenario("50 ms: throughput and order", links::far_plan, 120, links::far),
     scenario("refused ports are refused at once", direct::plan, 30, links::refusals).core(),
     scenario("congestion marks cross the tunnel", direct::plan, 60, links::congestion_marks).core(),
     scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes)
@@ -140,6 +142,8 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart).core(),
     scenario("a gateway is killed and started again, direct", direct::plan, 60, relays::gateway_killed),
     scenario("a gateway is killed and started again, relayed", relay_only::plan, 60, relays::gateway_killed),
+    scenario("sixteen clients come, go, roam and lose access", direct::sixteen_clients, 120, churn::sixteen)
+        .core(),
     scenario("two hundred clients at once", direct::plan, 120, crowd::all_at_once),
     scenario(
         "two thousand clients, and the gateway starts again",

@@ -17,3 +17,8 @@ pub fn plan() -> Plan {
 pub fn two_clients() -> Plan {
     Plan { clients: 2, ..Plan::new("direct, two clients") }
 }
+
+/// Sixteen clients, at 192.0.2.x and 198.18.x.2.
+pub fn sixteen_clients() -> Plan {
+    Plan { clients: 16, ..Plan::new("direct, sixteen clients") }
+}

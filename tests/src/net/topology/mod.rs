@@ -17,6 +17,8 @@
 //!                                                                       172.20.0.101, fd00:db8:20::101
 //! ```
 //!
+//! Clients beyond the third are at 198.18.i.2 (RFC 2544's range).
+//!
 //! The gateway's namespace is prepared by the very lines that README.md gives an operator.
 
 pub mod direct;
@@ -140,7 +142,10 @@ impl Topology {
         let mut clients = Vec::new();
         for i in 0..plan.clients {
             let site = Site {
-                v4: Ipv4Addr::new(192, 0, 2, 64 * i + 2),
+                v4: match i {
+                    0..4 => Ipv4Addr::new(192, 0, 2, 64 * i + 2),
+                    _ => Ipv4Addr::new(198, 18, i, 2),
+                },
                 v4_prefix: 26,
                 v6: Ipv6Addr::new(0x2001, 0xdb8, 0xc, i.into(), 0, 0, 0, 2),
                 inside: Ipv4Addr::new(10, 10, i, 2),
@@ -208,6 +213,22 @@ impl Topology {
               }
             }"#,
         )
+    }
+
+    /// The same for one client only; there is no way back.
+    ///
+    /// # Errors
+    /// With what `nft` said.
+    pub fn block_direct_of(&self, client: usize) -> Result<()> {
+        self.router.nft(&format!(
+            r#"table inet relay_only_{client} {{
+              chain forward {{
+                type filter hook forward priority filter; policy accept;
+                iifname "cl{client}" oifname "gw" meta l4proto udp counter drop
+                iifname "gw" oifname "cl{client}" meta l4proto udp counter drop
+              }}
+            }}"#
+        ))
     }
 
     /// Undoes [`Topology::block_direct`].
