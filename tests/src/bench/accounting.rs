@@ -63,18 +63,9 @@ impl Meter {
     }
 
     pub(super) fn read(&self) -> Result<Reading> {
-        let mut threads = BTreeMap::new();
-        if let Some(pid) = self.process {
-            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).context("the gateway has ended")?;
-            for task in tasks.flatten() {
-                if let Some(tid) = task.file_name().to_str().and_then(|name| name.parse().ok()) {
-                    threads.insert(tid, run_time(tid));
-                }
-            }
-        }
         Ok(Reading {
             at: Instant::now(),
-            threads,
+            threads: self.process.map(|pid| thread_times(pid, "")).unwrap_or_default(),
             napi: self.napi.iter().copied().map(run_time).sum(),
             ksoftirqd: self.ksoftirqd.map_or(0, run_time),
             cores: cores()?,
@@ -136,6 +127,16 @@ pub(super) fn kernel_threads() -> Vec<(i32, String)> {
         .collect()
 }
 
+/// Times of the threads of a process whose name begins with `prefix`, by thread.
+pub(super) fn thread_times(pid: u32, prefix: &str) -> BTreeMap<i32, u64> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let tids = tasks.filter_map(|task| task.file_name().to_str()?.parse::<i32>().ok());
+    let named = |tid: &i32| {
+        std::fs::read_to_string(format!("/proc/{tid}/comm")).is_ok_and(|name| name.starts_with(prefix))
+    };
+    tids.filter(named).map(|tid| (tid, run_time(tid))).collect()
+}
+
 /// Nanoseconds that a thread has run; 0 for one that has ended.
 fn run_time(tid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{tid}/schedstat")).unwrap_or_default();
@@ -181,10 +182,18 @@ fn nanos(time: Duration) -> u64 {
 /// # Errors
 /// If the kernel refuses.
 pub(super) fn pin(tid: i32, core: usize) -> Result<()> {
+    allow(tid, &[core])
+}
+
+/// Lets a thread, or with 0 the calling one, run on these cores.
+///
+/// # Errors
+/// If the kernel refuses.
+pub(super) fn allow(tid: i32, on: &[usize]) -> Result<()> {
     let mut cores = rustix::thread::CpuSet::new();
-    cores.set(core);
+    on.iter().for_each(|&core| cores.set(core));
     rustix::thread::sched_setaffinity(rustix::process::Pid::from_raw(tid), &cores)
-        .with_context(|| format!("cannot put thread {tid} on core {core}"))
+        .with_context(|| format!("cannot put thread {tid} on {on:?}"))
 }
 
 /// Lets a thread, or with 0 the calling one and all that it starts, go before everything that has the usual niceness.

@@ -98,7 +98,7 @@ impl Bed {
             variation: Variation { workers: Some(1), ..Variation::default() },
         };
         let mut notes = Vec::new();
-        let napi = interfaces(&cx.topology, &mut notes)?;
+        let napi = interfaces(&cx.topology, &[GATEWAY_CORE], &[OTHER_CORE], &mut notes)?;
         routes(&cx.topology)?;
         let options = Options {
             resources: vec![lan4()],
@@ -186,22 +186,34 @@ fn links(topology: &Topology) -> Result<Vec<(&NetNs, String)>> {
     Ok(links)
 }
 
-/// What arrives at the gateway's interfaces is handled by their own NAPI threads on the gateway's core; what arrives
-/// anywhere else on the other core, by RPS. Otherwise the sender's core would do the receiver's work. Returns the
-/// gateway's NAPI threads.
-fn interfaces(topology: &Topology, notes: &mut Vec<String>) -> Result<Vec<i32>> {
+/// For [`interfaces`] where nobody has a core of its own.
+pub(super) const OTHERS_AND_GATEWAY: &[usize] = &[OTHER_CORE, GATEWAY_CORE];
+
+/// What arrives at the gateway's interfaces is handled by their own NAPI threads on the cores `of_gateway`; what arrives
+/// anywhere else on the cores `of_others`, by RPS. Otherwise the sender's core would do the receiver's work. Returns the
+/// gateway's NAPI threads; what is refused becomes a note.
+///
+/// # Errors
+/// With what `ethtool` said.
+pub(super) fn interfaces(
+    topology: &Topology,
+    of_gateway: &[usize],
+    of_others: &[usize],
+    notes: &mut Vec<String>,
+) -> Result<Vec<i32>> {
     let napi_threads = || -> Vec<i32> {
         let threads = accounting::kernel_threads().into_iter();
         threads.filter(|(_, name)| name.starts_with("napi/")).map(|(pid, _)| pid).collect()
     };
-    let mut of_gateway = Vec::new();
+    let mask = of_others.iter().fold(0, |mask, core| mask | 1 << core);
+    let mut threads = Vec::new();
     for (namespace, interface) in links(topology)? {
         let ours = namespace.name() == topology.gateway.namespace.name();
         run(namespace, Duration::from_secs(5), &["ethtool", "-K", &interface, "gro", "on"])?.success()?;
         let (setting, what) = if ours {
             ("echo 1 > $dev/threaded".to_owned(), "threaded NAPI")
         } else {
-            (format!("for f in $dev/queues/rx-*/rps_cpus; do echo {:x} > $f; done", 1 << OTHER_CORE), "RPS")
+            (format!("for f in $dev/queues/rx-*/rps_cpus; do echo {mask:x} > $f; done"), "RPS")
         };
         // A namespace's interfaces are seen in a sysfs that was mounted inside it.
         let script = format!("set -e; mount -t sysfs sysfs /sys; dev=/sys/class/net/{interface}; {setting}");
@@ -212,15 +224,15 @@ fn interfaces(topology: &Topology, notes: &mut Vec<String>) -> Result<Vec<i32>> 
             continue;
         }
         for thread in napi_threads().into_iter().filter(|pid| !before.contains(pid)) {
-            accounting::pin(thread, GATEWAY_CORE)?;
+            accounting::allow(thread, of_gateway)?;
             accounting::prefer(thread)?;
-            of_gateway.push(thread);
+            threads.push(thread);
         }
     }
-    if of_gateway.len() < 2 {
-        notes.push(format!("the gateway has {} NAPI threads instead of 2", of_gateway.len()));
+    if threads.len() < 2 {
+        notes.push(format!("the gateway has {} NAPI threads instead of 2", threads.len()));
     }
-    Ok(of_gateway)
+    Ok(threads)
 }
 
 /// Addresses and routes of the contenders besides ours; client1 can use a relay only.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
-use super::report::{Contender, Results, Row, Spread};
+use super::report::{Contender, Flood, Results, Row, Spread, Workers};
 
 const BEGIN: &str = "<!-- written by `cargo xtask bench`: begin -->\n";
 const END: &str = "<!-- written by `cargo xtask bench`: end -->";
@@ -66,6 +66,8 @@ pub(super) fn render(results: &Results) -> String {
             );
         }
     }
+    workers(&mut text, &results.workers);
+    floods(&mut text, &results.floods);
     for note in &results.notes {
         let _ = writeln!(text, "\n* {note}");
     }
@@ -125,6 +127,58 @@ fn rows(text: &mut String, rows: &[Row]) {
             let _ = write!(text, " {cell} |");
         }
         text.push('\n');
+    }
+}
+
+/// The ratio first: what a packet costs with more workers, to what it costs with one.
+fn workers(text: &mut String, all: &[Workers]) {
+    if all.is_empty() {
+        return;
+    }
+    text.push_str(
+        "\n| many clients, all workers busy | clients | workers | ns per packet, to one worker | ns per packet | Gbit/s | \
+         workers' share of a core |\n|---|---|---|---|---|---|---|\n",
+    );
+    for one in all {
+        let Some(first) = one.counts.first() else { continue };
+        for count in &one.counts {
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | **{:.2}x** | {} | {} | {:.0} to {:.0} % |",
+                one.name,
+                one.clients,
+                count.workers,
+                count.ns_per_packet.median / first.ns_per_packet.median,
+                spread(&count.ns_per_packet, 0),
+                spread(&count.gbit_per_second, 2),
+                count.least_busy_percent.median,
+                count.most_busy_percent.median
+            );
+        }
+    }
+}
+
+fn floods(text: &mut String, floods: &[Flood]) {
+    let Some(calm) = floods.first() else { return };
+    text.push_str(
+        "\n| flood | kpps arriving | goodput kept | Mbit/s | ping p50, ms | p99, ms | ping lost | /healthz p50, ms | p99, ms | \
+         gateway, of a core |\n|---|---|---|---|---|---|---|---|---|---|\n",
+    );
+    for flood in floods {
+        let _ = writeln!(
+            text,
+            "| {} | {} | **{:.0} %** | {} | {} | {} | {:.1} % | {} | {} | {:.0} % |",
+            flood.name,
+            spread(&flood.arriving_kpps, 0),
+            100.0 * flood.goodput_mbit.median / calm.goodput_mbit.median,
+            spread(&flood.goodput_mbit, 1),
+            spread(&flood.ping_p50_ms, 2),
+            spread(&flood.ping_p99_ms, 2),
+            flood.ping_lost_percent.median,
+            spread(&flood.healthz_p50_ms, 2),
+            spread(&flood.healthz_p99_ms, 2),
+            flood.gateway_percent.median
+        );
     }
 }
 

@@ -8,11 +8,13 @@
 mod accounting;
 mod aead;
 mod bed;
+mod flood;
 mod markdown;
 mod peers;
 mod report;
 mod rows;
 mod traffic;
+mod workers;
 
 use std::{path::Path, path::PathBuf, process::Command, process::ExitCode};
 
@@ -48,7 +50,7 @@ pub struct Arguments {
     /// Fewer and shorter runs.
     #[arg(long)]
     pub quick: bool,
-    /// Only rows whose name contains this; nothing is written.
+    /// Only rows whose name contains this, `aead`, `flood` or `workers`; nothing is written.
     #[arg(long)]
     pub only: Option<String>,
     /// One run of one row, to see that the benchmark itself works; nothing is written.
@@ -119,16 +121,34 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path) -> Result<()> 
     for note in &bed.notes {
         println!("note: {note}");
     }
+    let asked = |name: &str| match &arguments.only {
+        Some(only) => name.contains(only.as_str()),
+        None => !arguments.smoke,
+    };
     let rows = rows::measure(&bed, &plans, effort)?;
     for row in &rows {
         let ours = &row.contenders[0].summary;
         ensure!(ours.ns_per_packet.median > 0.0, "{}: no cost was measured", row.name);
     }
     let everything = arguments.only.is_none() && !arguments.smoke;
-    let aead = if everything { aead::measure()? } else { Vec::new() };
+    let aead = if asked("aead") { aead::measure()? } else { Vec::new() };
+    let rounds = effort.rounds.min(3);
+    let mut floods = Vec::new();
+    if asked("flood") {
+        println!("a session during floods");
+        floods = flood::measure(&bed, rounds, effort.seconds + 1)?;
+    }
     let mut notes = bed.notes.clone();
+    // The next topology has the same names.
+    drop(bed);
+    let mut workers = Vec::new();
+    if asked("workers") {
+        println!("one worker and two");
+        let gateway = scenario::gateway_path(arguments.gateway.as_deref());
+        workers = workers::measure(directory, &gateway, rounds, effort.seconds + 1)?;
+    }
     notes.extend(NOTES.iter().map(|&note| note.to_owned()));
-    let results = Results { about: about(arguments, cores, effort)?, notes, rows, aead };
+    let results = Results { about: about(arguments, cores, effort)?, notes, rows, aead, workers, floods };
     println!("\n{}", markdown::render(&results));
     if everything {
         markdown::save(&results)?;

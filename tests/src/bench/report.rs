@@ -14,6 +14,8 @@ pub(super) struct Results {
     pub(super) notes: Vec<String>,
     pub(super) rows: Vec<Row>,
     pub(super) aead: Vec<Aead>,
+    pub(super) workers: Vec<Workers>,
+    pub(super) floods: Vec<Flood>,
 }
 
 /// Where, when and how.
@@ -133,6 +135,52 @@ pub(super) struct Aead {
     pub(super) bytes: usize,
     pub(super) seal_ns: Spread,
     pub(super) open_ns: Spread,
+}
+
+/// What a packet costs with several workers, all busy at once. The clients are on the same cores.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Workers {
+    /// `TCP outbound`
+    pub(super) name: String,
+    pub(super) clients: usize,
+    /// One worker first; runs interleaved.
+    pub(super) counts: Vec<WorkerCount>,
+}
+
+/// Of one number of workers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WorkerCount {
+    pub(super) workers: usize,
+    /// All threads and NAPI threads of the gateway.
+    pub(super) ns_per_packet: Spread,
+    pub(super) gbit_per_second: Spread,
+    /// Of one core, of the worker that did least.
+    pub(super) least_busy_percent: Spread,
+    /// And of the one that did most.
+    pub(super) most_busy_percent: Spread,
+    pub(super) runs: Vec<Run>,
+}
+
+/// An established session while something floods the gateway.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Flood {
+    pub(super) name: String,
+    /// Datagrams per second that reached the gateway's interface, all traffic together, thousands.
+    pub(super) arriving_kpps: Spread,
+    /// Of UDP at a fixed rate.
+    pub(super) goodput_mbit: Spread,
+    /// Through the tunnel, of those that came back.
+    pub(super) ping_p50_ms: Spread,
+    pub(super) ping_p99_ms: Spread,
+    pub(super) ping_lost_percent: Spread,
+    /// From the connection's start to the answer's end.
+    pub(super) healthz_p50_ms: Spread,
+    pub(super) healthz_p99_ms: Spread,
+    /// Threads and NAPI, of one core.
+    pub(super) gateway_percent: Spread,
 }
 
 impl Cost {

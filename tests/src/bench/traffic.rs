@@ -76,8 +76,11 @@ pub(super) fn run(
     Ok(Run { cost, void: accounting::is_void(&cost), ..arrived })
 }
 
-/// iperf3's report as the receiver sees it.
-fn arrived(report: &Value, load: Load) -> Result<Run> {
+/// iperf3's report as the receiver sees it; without a cost.
+///
+/// # Errors
+/// If it lacks something.
+pub(super) fn arrived(report: &Value, load: Load) -> Result<Run> {
     let end = &report["end"];
     let (packets, bytes, seconds, lost_percent) = match load {
         Load::Tcp => {

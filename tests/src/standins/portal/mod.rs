@@ -84,6 +84,12 @@ impl Portal {
         self.shared.with(|s| s.id_of(role, name))
     }
 
+    /// The public key, base64, of a connected device, by its name.
+    #[must_use]
+    pub fn public_key_of(&self, role: Role, name: &str) -> Option<String> {
+        self.shared.with(|s| s.public_key_of(role, name))
+    }
+
     /// Waits until this many devices of this role have joined.
     ///
     /// # Errors

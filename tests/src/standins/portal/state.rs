@@ -165,6 +165,12 @@ impl State {
         planned.or_else(named).or_else(|| self.devices.get(&(role, name.to_owned())).map(|d| d.id))
     }
 
+    /// The public key of a connected device.
+    pub(super) fn public_key_of(&self, role: Role, name: &str) -> Option<String> {
+        let login = self.conns.values().map(|c| &c.login).find(|l| l.role == role && l.name == name);
+        login.map(|login| login.public_key.clone())
+    }
+
     /// Ends every WebSocket, with or without a close frame.
     pub(super) fn end_all(&mut self, role: Option<Role>, abrupt: bool) {
         for conn in self.conns.values().filter(|c| role.is_none_or(|r| r == c.login.role)) {
