@@ -68,8 +68,9 @@ pub(super) fn render(results: &Results) -> String {
     }
     workers(&mut text, &results.workers);
     floods(&mut text, &results.floods);
+    text.push('\n');
     for note in &results.notes {
-        let _ = writeln!(text, "\n* {note}");
+        let _ = writeln!(text, "* {note}");
     }
     text
 }
