@@ -1,8 +1,8 @@
 //! An established session, and the process itself, while something floods the gateway's port.
 //!
 //! ```text
-//!   client1 (flooder, core 0, what is left of it) --> gateway:52625 <-- client0: iperf3 UDP and ping through the tunnel
-//!                                                      |  127.0.0.1:8080 <-- GET /healthz
+//!   portal's host (flooder, core 0) --> gateway:52625 <-- client0: iperf3 UDP and ping through the tunnel
+//!                                       gateway 127.0.0.1:8080 <-- GET /healthz
 //! ```
 
 use std::{
@@ -118,7 +118,7 @@ fn once(bed: &Bed, weather: Weather, key: [u8; 32], seconds: u32) -> Result<Seen
     let stop = AtomicBool::new(false);
     let meter = Meter::new(bed.pid(Who::Ours), &bed.napi);
     std::thread::scope(|scope| {
-        let flooder = scope.spawn(|| topology.clients[1].namespace.run(|| flood(&datagrams, target, &stop)));
+        let flooder = scope.spawn(|| topology.portal.namespace.run(|| flood(&datagrams, target, &stop)));
         let pings = scope.spawn(|| ping(client, Who::Ours.target().into(), seconds));
         let healthz = scope.spawn(|| gateway.run(|| healthz(&stop)));
         let (packets, before) = (received(gateway)?, meter.read()?);
@@ -127,8 +127,13 @@ fn once(bed: &Bed, weather: Weather, key: [u8; 32], seconds: u32) -> Result<Seen
         let packets = received(gateway)?.saturating_sub(packets);
         let ping = join(pings);
         stop.store(true, Ordering::Relaxed);
-        join(flooder)?;
+        let flooded = join(flooder)?;
         let (run, ping, healthz) = (run?, ping?, join(healthz)?);
+        // A flood that does not arrive would make the gateway look well.
+        ensure!(
+            packets >= flooded / 2,
+            "of {flooded} datagrams of the flood, {packets} frames reached the gateway"
+        );
         Ok(Seen {
             arriving_kpps: packets as f64 * 1e6 / cost.wall_ns as f64,
             goodput_mbit: run.bytes as f64 * 8.0 / run.seconds / 1e6,
@@ -182,10 +187,11 @@ fn decode(base64: &str) -> Result<[u8; 32]> {
     bytes.try_into().map_err(|_| anyhow::anyhow!("a key has 32 bytes"))
 }
 
-/// Sends as fast as the core allows to one that gives way to everything that is measured.
-fn flood(datagrams: &[Vec<u8>], target: SocketAddr, stop: &AtomicBool) -> Result<()> {
+/// Sends as fast as the core allows to one that gives way to everything that is measured; how many.
+fn flood(datagrams: &[Vec<u8>], target: SocketAddr, stop: &AtomicBool) -> Result<u64> {
+    let mut sent = 0;
     if datagrams.is_empty() {
-        return Ok(());
+        return Ok(sent);
     }
     // Before everything else on this machine, but after what is measured.
     rustix::process::setpriority_process(Some(rustix::thread::gettid()), -15)?;
@@ -194,11 +200,11 @@ fn flood(datagrams: &[Vec<u8>], target: SocketAddr, stop: &AtomicBool) -> Result
     let mut bursts = datagrams.chunks(BURST).cycle();
     while !stop.load(Ordering::Relaxed) {
         for datagram in bursts.next().unwrap_or_default() {
-            // A full queue, or an ICMP error for an earlier one.
-            let _lost = socket.send(datagram);
+            // It fails on a full queue, or for an ICMP error for an earlier one.
+            sent += u64::from(socket.send(datagram).is_ok());
         }
     }
-    Ok(())
+    Ok(sent)
 }
 
 /// Frames that the uplink has received.
