@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
@@ -102,6 +102,11 @@ impl Client {
     /// The sockets to poll.
     pub(super) fn udp_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.net.sockets.v4.iter().chain(&self.net.sockets.v6).map(|socket| socket.as_fd())
+    }
+
+    /// Is there an allocation on any relay?
+    pub(super) fn has_relay(&self) -> bool {
+        self.net.best_relay().is_some()
     }
 
     // ---- inputs -------------------------------------------------------------------------------
@@ -367,9 +372,9 @@ impl Client {
             self.signal(gateway, false, lines);
             return Ok(());
         }
-        let relay = self.net.best_relay();
-        let relay = relay
-            .ok_or_else(|| anyhow::anyhow!("no relay is usable, so there are no candidates to offer"))?;
+        // A relay that does not work at the moment told our address, and may come back.
+        let relay = self.net.best_relay().or_else(|| self.net.relays.keys().next().copied());
+        let relay = relay.context("there is no relay, so there are no candidates to offer")?;
         if self.connections.contains_key(&gateway) {
             self.close(gateway, "replaced");
         }

@@ -95,7 +95,7 @@ pub enum SwarmCommand {
 pub struct SwarmReport {
     /// Members that have an address from the portal.
     pub joined: usize,
-    /// Members with an allocation on a relay, now or earlier.
+    /// Members with an allocation on a relay.
     pub relays: usize,
     /// Members with a WireGuard session.
     pub established: usize,
@@ -149,7 +149,6 @@ struct Member {
     client: Client,
     counter: Counter,
     address: Option<Ipv4Addr>,
-    has_relay: bool,
     established: bool,
     relayed: bool,
     /// When it asks for what it wants, unless something happens before.
@@ -258,7 +257,6 @@ impl Swarm {
             client: Client::new(config, input, emit, runtime)?,
             counter: Counter::default(),
             address: None,
-            has_relay: false,
             established: false,
             relayed: false,
             ask_at: self.wanted.map(|_| now),
@@ -292,7 +290,7 @@ impl Swarm {
                 let count = |is: fn(&Member) -> bool| self.members.iter().filter(|member| is(member)).count();
                 let report = SwarmReport {
                     joined: count(|member| member.address.is_some()),
-                    relays: count(|member| member.has_relay),
+                    relays: count(|member| member.client.has_relay()),
                     established: count(|member| member.established),
                     relayed: count(|member| member.established && member.relayed),
                     reached: count(|member| member.is_reached()),
@@ -333,7 +331,6 @@ impl Swarm {
             let Some(member) = self.members.get_mut(index) else { continue };
             match event {
                 Event::Joined { ipv4: std::net::IpAddr::V4(address), .. } => member.address = Some(address),
-                Event::Relay { .. } => member.has_relay = true,
                 Event::Established { ms, .. } => {
                     member.established = true;
                     member.ask_at = None;
