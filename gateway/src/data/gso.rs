@@ -49,6 +49,11 @@ impl Outlet {
         self.blocked
     }
 
+    /// Batches that are not free: none, once everything is sent.
+    pub fn batches_in_use(&self) -> usize {
+        BATCHES - self.queue.free.len()
+    }
+
     /// At least `len` bytes for one datagram of `route`; sends what waits if there is no place else. `None` while
     /// every buffer waits for the socket.
     pub fn reserve(

@@ -68,6 +68,11 @@ impl Inbox {
         self.rings.len()
     }
 
+    /// How many rings hold something that was not read.
+    pub fn rings_waiting(&self) -> usize {
+        self.rings.iter().filter(|ring| ring.is_waiting()).count()
+    }
+
     /// Looks how far the rings are and returns the clients that were given before that.
     pub fn look(&mut self) -> Vec<Moved> {
         for ring in &mut self.rings {

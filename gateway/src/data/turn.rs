@@ -57,7 +57,7 @@ pub struct Seat {
 
 /// The life of the thread: until [`Command::Shutdown`] or an error.
 pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
-    let Seat { sockets, tun, commands, events, inbox, outbox, .. } = seat;
+    let Seat { id, sockets, tun, commands, events, inbox, outbox } = seat;
     let (tun, commands) = (&tun, &*commands);
     let now = Instant::now();
     let mut turn = Turn {
@@ -91,6 +91,7 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
         shared.end_turn(turn.core.counters_mut(), traffic);
         if turn.shut_down {
             turn.out.linger(Duration::from_millis(500));
+            turn.say_how_it_ends(id);
             return Ok(());
         }
     }
@@ -268,6 +269,19 @@ const MIN_SLEEP: Duration = Duration::from_millis(1);
 impl<C: Core> Turn<'_, C> {
     fn deadline(&self) -> Option<Instant> {
         self.core.poll_timeout().map(|deadline| deadline.max(self.out.now + MIN_SLEEP))
+    }
+
+    /// For who looks for a leak: nothing is in use any more.
+    fn say_how_it_ends(&self, id: WorkerId) {
+        let outlets = [&self.out.v4, &self.out.v6];
+        let carried = self.core.traffic();
+        tracing::debug!(
+            worker = %id,
+            batches_in_use = outlets.into_iter().flatten().map(Outlet::batches_in_use).sum::<usize>(),
+            rings_waiting = self.inbox.rings_waiting(),
+            outbound_packets = carried.outbound_direct.packets + carried.outbound_relayed.packets,
+            "Worker at rest"
+        );
     }
 
     fn take(&mut self, ready: &Ready, tun: &Tun) -> Result<()> {

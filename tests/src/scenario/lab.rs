@@ -78,7 +78,7 @@ pub struct Launch {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            rust_log: "info",
+            rust_log: "info,firezone_gateway::data::turn=debug",
             portal: portal::Generation::Both,
             client: client::Generation::Head,
             hold_relays: false,
@@ -262,7 +262,7 @@ impl Lab {
         self.no_warnings()
     }
 
-    /// SIGTERM; the daemon ends within `limit`, with code 0 and without a warning.
+    /// SIGTERM; the daemon ends within `limit`, with code 0, without a warning, and with every buffer free.
     ///
     /// # Errors
     /// If it does not.
@@ -270,7 +270,16 @@ impl Lab {
         self.gateway.signal(Signal::TERM)?;
         let status = self.gateway.wait(limit)?;
         ensure!(status.code() == Some(0), "on SIGTERM the gateway ended with {status}");
+        for worker in self.workers_at_rest() {
+            ensure!(worker.contains("batches_in_use=0"), "a buffer leaked: {worker}");
+        }
         self.no_warnings()
+    }
+
+    /// What each worker said about itself when it ended, if the daemon's log is at DEBUG.
+    pub fn workers_at_rest(&self) -> Vec<String> {
+        let log = self.gateway.log();
+        log.lines().filter(|line| line.contains("Worker at rest")).map(str::to_owned).collect()
     }
 
     fn no_warnings(&self) -> Result<()> {
