@@ -182,8 +182,10 @@ pub(super) fn roams_mid_transfer(cx: &mut Context) -> Result<()> {
             format!("addr add 192.0.2.{new}/26 dev eth0"),
             "route replace default via 192.0.2.1".to_owned(),
         ])?;
+        lab.clients[0].forget_events();
         let moved = Instant::now();
         lab.clients[0].command(&Command::Roam)?;
+        lab.clients[0].wait_established(10 * SECOND)?;
         transfer.wait_growth(10 * SECOND).with_context(|| format!("from 192.0.2.{new}"))?;
         let stood = moved.elapsed();
         println!("      from 192.0.2.{new} the transfer goes on after {:.2} s", stood.as_secs_f64());
