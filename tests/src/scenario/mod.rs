@@ -22,7 +22,11 @@ mod trouble;
 use std::{
     path::PathBuf,
     process::ExitCode,
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -103,9 +107,38 @@ pub struct Arguments {
     /// Only the core list: the few scenarios that together exercise the whole data plane.
     #[arg(long)]
     pub core: bool,
+    /// Keep every core busy meanwhile, at the lowest priority: nothing may depend on an idle machine.
+    #[arg(long)]
+    pub load: bool,
     /// How the daemon is started.
     #[command(flatten)]
     pub variation: Variation,
+}
+
+/// Threads that never sleep, as long as this value lives.
+struct Load(Arc<AtomicBool>);
+
+impl Load {
+    fn start() -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        for _ in 0..std::thread::available_parallelism()?.get() {
+            let stop = Arc::clone(&stop);
+            std::thread::Builder::new().name("load".to_owned()).spawn(move || {
+                // On Linux the niceness is the thread's own. Without it the load is only heavier.
+                let _nicer = rustix::process::nice(19);
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::black_box((0..100_000_u64).fold(0, u64::wrapping_add));
+                }
+            })?;
+        }
+        Ok(Self(stop))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The reason why a scenario cannot run on this machine.
@@ -147,6 +180,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let janitor = Janitor::start()?;
     let directory = janitor::directory(std::process::id());
     let big = BigFile::make(&directory)?;
+    let _load = arguments.load.then(Load::start).transpose()?;
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (index, scenario) in selected.iter().enumerate() {
         let logs = directory.join(format!("{index:02}"));
