@@ -429,17 +429,30 @@ impl Allocation {
     /// A whole ladder without an answer. From the other family's server it means nothing.
     fn on_unanswered(&mut self, pending: &Pending, now: Instant, out: &mut Out) {
         if let State::Allocated { granted, .. } = &mut self.state
-            && pending.request == Request::Refresh
             && granted.proven > pending.first_sent
         {
-            // Data came meanwhile: the relay lives, the way to it is bad.
-            granted.refresh_at = Some(now + MIN_REFRESH);
+            // Data or another answer came meanwhile: the relay lives, the way to it is bad or crowded.
+            match pending.request {
+                Request::Refresh => granted.refresh_at = Some(now + MIN_REFRESH),
+                Request::Bind { number, .. } => {
+                    let closed = self.channels.on_unanswered(number, now);
+                    self.on_closed(number, closed, pending.dst, out);
+                }
+                Request::Binding | Request::Allocate | Request::Deallocate => {}
+            }
             return;
         }
         if self.active_server() == Some(pending.dst) {
             tracing::debug!(relay = %self.id, request = ?pending.request.method(), "Relay does not respond");
             self.invalidate(out);
             self.state = State::Searching;
+        }
+    }
+
+    /// The channel to `peer` was open until now.
+    fn on_closed(&self, number: u16, peer: Option<SocketAddr>, server: SocketAddr, out: &mut Out) {
+        if let Some(peer) = peer {
+            out.events.push_back(RelayEvent::ChannelGone { relay: self.id, server, number, peer });
         }
     }
 

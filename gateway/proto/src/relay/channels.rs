@@ -208,6 +208,25 @@ impl Channels {
         was_open.then_some(peer)
     }
 
+    /// A bind of `number` was lost, however often it was repeated, on the way to a server that answers others. A bound
+    /// channel lives on until it lapses; another is asked for again by whoever still wants it. The peer, if the channel
+    /// was open until now.
+    pub(super) fn on_unanswered(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
+        let channel = self.by_number.get_mut(&number)?;
+        match &mut channel.state {
+            State::Bound { refreshing, .. } => *refreshing = false,
+            state @ (State::Binding | State::Rebinding) => {
+                *state = State::Lapsed;
+                let was_open = std::mem::take(&mut channel.open);
+                let (peer, free_at) = (channel.peer, channel.touched + REUSE);
+                self.set_due(number, Some(free_at.max(now + BACKOFF)));
+                return was_open.then_some(peer);
+            }
+            State::Lapsed | State::Refused { .. } => {}
+        }
+        None
+    }
+
     /// Data went over `number`. A bind for it, if the refresh is overdue.
     pub(super) fn on_used(&mut self, number: u16, received: bool, now: Instant) -> Wanted {
         let Some(channel) = self.by_number.get_mut(&number) else { return Wanted::Nothing };
@@ -331,6 +350,24 @@ mod tests {
 
     const fn secs(n: u64) -> Duration {
         Duration::from_secs(n)
+    }
+
+    #[test]
+    fn a_lost_refresh_leaves_its_channel_bound_and_a_lost_first_bind_is_asked_for_again() {
+        let (mut channels, t) = (Channels::default(), crate::relay::twin::start());
+        let Wanted::Bind(number) = channels.want(peer(1), Use::Checked, t) else { panic!("a bind") };
+        assert_eq!(channels.on_bind_sent(number, t), Some(peer(1)));
+        assert_eq!(channels.on_unanswered(number, t + secs(8)), Some(peer(1)), "it was open");
+        assert_eq!(channels.sendable(peer(1), t + secs(8)), None);
+        assert_eq!(channels.want(peer(1), Use::Checked, t + secs(8)), Wanted::Bind(number));
+        channels.on_bind_sent(number, t + secs(8));
+        channels.on_bound(number, t + secs(9));
+        assert_eq!(channels.on_used(number, true, t + secs(10)), Wanted::Nothing);
+        assert_eq!(channels.pop_due(t + secs(9) + REFRESH), Some(Due::Refresh(number)));
+        assert_eq!(channels.on_unanswered(number, t + secs(17) + REFRESH), None);
+        assert_eq!(channels.sendable(peer(1), t + secs(17) + REFRESH), Some(number), "it lives on");
+        let again = channels.on_used(number, true, t + secs(18) + REFRESH);
+        assert_eq!(again, Wanted::Bind(number), "and is refreshed when it is used");
     }
 
     #[test]

@@ -117,6 +117,40 @@ fn an_authenticated_request_is_repeated_with_new_ids() {
     assert!(world.events.contains(&RelayEvent::Gone(id(0))));
 }
 
+/// A crowd's binds overrun a relay's receive buffer: four lost packets of one bind say nothing about the relay.
+#[test]
+fn an_unanswered_bind_costs_its_channel_and_not_a_relay_that_answers_others() {
+    let mut world = World::with_one(Flavor::Firezone, 3478);
+    world.take_events();
+    let (lost, other) = (addr(PEER), addr("198.51.100.77:40000"));
+    let bind = |world: &mut World, peer| {
+        world.relays.bind(id(0), peer, Use::Checked, world.now);
+        world.pump();
+    };
+    world.twins[0].deaf = true;
+    bind(&mut world, lost);
+    world.run(Duration::from_millis(1500));
+    world.twins[0].deaf = false;
+    bind(&mut world, other);
+    world.run(Duration::from_millis(500));
+    world.twins[0].deaf = true;
+    world.run(secs(4));
+    world.twins[0].deaf = false;
+    world.run(secs(3));
+    let is_gone = |event: &RelayEvent| {
+        matches!(event, RelayEvent::Gone(_) | RelayEvent::Invalidated(..) | RelayEvent::NoneLeft)
+    };
+    assert!(world.allocated() && !world.events.iter().any(is_gone), "{:?}", world.events);
+    let closed = |event: &RelayEvent| matches!(event, RelayEvent::ChannelGone { peer, .. } if *peer == lost);
+    assert_eq!(world.events.iter().filter(|event| closed(event)).count(), 1, "{:?}", world.events);
+    // Whoever still wants it gets it, at once.
+    world.take_events();
+    bind(&mut world, lost);
+    world.run(secs(1));
+    let bound = |event: &RelayEvent| matches!(event, RelayEvent::ChannelBound { peer, .. } if *peer == lost);
+    assert!(world.events.iter().any(bound), "{:?}", world.events);
+}
+
 #[test]
 fn every_error_code_has_its_rule() {
     struct Row {

@@ -294,10 +294,8 @@ impl Allocation {
                 }
             }
             Request::Bind { number, .. } => {
-                let (relay, server) = (self.id, pending.dst);
-                if let Some(peer) = self.channels.on_refused(number, now) {
-                    out.events.push_back(RelayEvent::ChannelGone { relay, server, number, peer });
-                }
+                let closed = self.channels.on_refused(number, now);
+                self.on_closed(number, closed, pending.dst, out);
                 // What coturn says when it has no allocation of ours.
                 if code == 400 {
                     self.check(now, out);
