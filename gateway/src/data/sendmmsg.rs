@@ -36,7 +36,7 @@ pub const MOST: usize = 64;
 /// Whether the kernel (and what filters system calls) lets us use it at all.
 pub fn is_offered(socket: BorrowedFd<'_>) -> bool {
     // SAFETY: no message is read, as there are none.
-    unsafe { libc::sendmmsg(socket.as_raw_fd(), ptr::null_mut(), 0, 0) == 0 }
+    unsafe { sendmmsg(socket, ptr::null_mut(), 0) == 0 }
 }
 
 /// Sends `messages` in order, the first [`MOST`] at most; returns how many were sent, at least one.
@@ -69,7 +69,7 @@ pub fn send(socket: BorrowedFd<'_>, messages: &[Message<'_>]) -> io::Result<usiz
     loop {
         // SAFETY: `count` headers, whose names, parts and control messages live and stay where they are until the end of
         // this function; the kernel reads all of it and writes only `msg_len` of the headers (sendmmsg(2)).
-        let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, 0) };
+        let sent = unsafe { sendmmsg(socket, headers.as_mut_ptr(), count) };
         if let Ok(sent) = usize::try_from(sent) {
             return Ok(sent);
         }
@@ -78,6 +78,17 @@ pub fn send(socket: BorrowedFd<'_>, messages: &[Message<'_>]) -> io::Result<usiz
             return Err(error);
         }
     }
+}
+
+/// The system call itself: in musl, the function of this name is a loop of `sendmsg`, which asks no kernel whether it can.
+///
+/// # Safety
+/// `headers` point to `count` headers as the kernel reads them (zero in what a C library calls padding), and everything
+/// that these point to is there.
+unsafe fn sendmmsg(socket: BorrowedFd<'_>, headers: *mut libc::mmsghdr, count: u32) -> libc::c_long {
+    const FLAGS: libc::c_int = 0;
+    // SAFETY: the caller's promise is what the call asks for.
+    unsafe { libc::syscall(libc::SYS_sendmmsg, socket.as_raw_fd(), headers, count, FLAGS) }
 }
 
 /// A destination as the kernel reads it.
