@@ -33,10 +33,10 @@ const BPF_TESTS: &str = "bpf::tests::";
 
 /// How many workers the gateway has in the runs of all scenarios: none to share with, one for each of two cores, and
 /// more than there are cores.
-const WORKERS: [(&str, &str); 3] = [
-    ("2", "network scenarios, two workers"),
-    ("1", "network scenarios, one worker"),
-    ("4", "network scenarios, four workers"),
+const WORKERS: [(&[&str], &str); 3] = [
+    (&["--workers", "2"], "network scenarios, two workers"),
+    (&["--workers", "1", "--again"], "network scenarios, one worker"),
+    (&["--workers", "4", "--again"], "network scenarios, four workers"),
 ];
 
 /// Words of FIREZONE_DISABLE, one or several for each run of the core scenarios. Without both kinds of steering there is
@@ -84,8 +84,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     session.step("unit tests", |session| session.unit_tests());
     session.step("core model tests, with a fake clock", |session| session.model_tests());
     session.step("BPF object in the kernel", |session| session.bpf_tests(object));
-    for (workers, name) in WORKERS {
-        session.step(name, |session| session.scenarios(ready, &["--workers", workers]));
+    for (variation, name) in WORKERS {
+        session.step(name, |session| session.scenarios(ready, variation));
     }
     if filter.is_none() {
         session.step("core scenarios, each capability of the kernel off", |session| {

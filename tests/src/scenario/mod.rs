@@ -52,6 +52,9 @@ pub struct Scenario {
     pub run: fn(&mut Context) -> Result<()>,
     /// It is one of the few that together exercise the whole data plane.
     pub core: bool,
+    /// What it shows does not depend on the number of workers (the test network itself, the portal, the start), or it is
+    /// long: enough to see it once.
+    pub once: bool,
 }
 
 /// How every daemon is started, besides what its scenario says.
@@ -110,6 +113,9 @@ pub struct Arguments {
     /// Keep every core busy meanwhile, at the lowest priority: nothing may depend on an idle machine.
     #[arg(long)]
     pub load: bool,
+    /// Without what a run with another number of workers has shown.
+    #[arg(long)]
+    pub again: bool,
     /// How the daemon is started.
     #[command(flatten)]
     pub variation: Variation,
@@ -162,6 +168,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         .iter()
         .filter(|scenario| arguments.filter.as_deref().is_none_or(|filter| scenario.name.contains(filter)))
         .filter(|scenario| scenario.core || !arguments.core)
+        .filter(|scenario| !(scenario.once && arguments.again))
         .collect();
     if arguments.list {
         for scenario in &selected {

@@ -13,12 +13,17 @@ const fn scenario(
     limit_seconds: u64,
     run: fn(&mut super::Context) -> anyhow::Result<()>,
 ) -> Scenario {
-    Scenario { name, plan, limit: Duration::from_secs(limit_seconds), run, core: false }
+    Scenario { name, plan, limit: Duration::from_secs(limit_seconds), run, core: false, once: false }
 }
 
 impl Scenario {
     const fn core(mut self) -> Self {
         self.core = true;
+        self
+    }
+
+    const fn once(mut self) -> Self {
+        self.once = true;
         self
     }
 }
@@ -30,32 +35,38 @@ pub static SCENARIOS: &[Scenario] = &[
         direct::plan,
         20,
         network::reachability,
-    ),
-    scenario("network: IPv6 too", dual_stack::plan, 20, network::reachability),
-    scenario("network: the LAN's servers serve", direct::plan, 20, network::lan_servers),
-    scenario("network: coturn allocates and relays", relay_only::plan, 20, network::turn_allocation),
-    scenario("network: coturn relays over IPv6", dual_stack::plan, 20, network::turn_allocation),
-    scenario("network: a port-preserving NAT shows one port to all", nat::plan, 20, network::nat_mapping),
+    )
+    .once(),
+    scenario("network: IPv6 too", dual_stack::plan, 20, network::reachability).once(),
+    scenario("network: the LAN's servers serve", direct::plan, 20, network::lan_servers).once(),
+    scenario("network: coturn allocates and relays", relay_only::plan, 20, network::turn_allocation).once(),
+    scenario("network: coturn relays over IPv6", dual_stack::plan, 20, network::turn_allocation).once(),
+    scenario("network: a port-preserving NAT shows one port to all", nat::plan, 20, network::nat_mapping)
+        .once(),
     scenario(
         "network: a symmetric NAT shows each destination another port",
         symmetric_nat::plan,
         20,
         network::nat_mapping,
-    ),
-    scenario("network: blocked UDP does not pass, a relay does", two_relays::plan, 20, network::blocked_udp),
-    scenario("network: a wire delays and loses", network::wire_plan, 20, network::wire),
+    )
+    .once(),
+    scenario("network: blocked UDP does not pass, a relay does", two_relays::plan, 20, network::blocked_udp)
+        .once(),
+    scenario("network: a wire delays and loses", network::wire_plan, 20, network::wire).once(),
     scenario(
         "operator errors are one sentence with exit code 1 or 2",
         direct::plan,
         20,
         trouble::operator_errors,
-    ),
-    scenario("without CAP_NET_ADMIN: one sentence", direct::plan, 20, start::no_capability),
+    )
+    .once(),
+    scenario("without CAP_NET_ADMIN: one sentence", direct::plan, 20, start::no_capability).once(),
     scenario("CAP_NET_ADMIN and nothing else, as nobody", direct::plan, 20, start::one_capability),
-    scenario("the token as a systemd credential", direct::plan, 20, start::credential),
-    scenario("/readyz before, with and without a portal", direct::plan, 20, start::readiness),
-    scenario("a portal with a private certificate authority", direct::plan, 30, start::private_authority),
-    scenario("a portal by name, and its name server moves", direct::plan, 40, start::portal_by_name),
+    scenario("the token as a systemd credential", direct::plan, 20, start::credential).once(),
+    scenario("/readyz before, with and without a portal", direct::plan, 20, start::readiness).once(),
+    scenario("a portal with a private certificate authority", direct::plan, 30, start::private_authority)
+        .once(),
+    scenario("a portal by name, and its name server moves", direct::plan, 40, start::portal_by_name).once(),
     scenario("a gateway without IPv6", direct::plan, 30, start::without_ipv6),
     scenario("a gateway without IPv4", dual_stack::plan, 30, start::without_ipv4),
     scenario("direct: ping and HTTP over IPv4 and IPv6", direct::plan, 20, paths::direct).core(),
@@ -69,7 +80,8 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("the relay is started again and knows nobody", relay_only::plan, 60, relays::restarted),
     scenario("a relay is replaced while traffic flows", two_relays::plan, 60, relays::replaced),
     scenario("all relays go and come back, the direct path stays", direct::plan, 60, relays::all_gone),
-    scenario("a relay is away for a while, at a Nov-2025 portal", direct::plan, 100, relays::away_at_nov25),
+    scenario("a relay is away for a while, at a Nov-2025 portal", direct::plan, 100, relays::away_at_nov25)
+        .once(),
     scenario("Nov-2025 client and portal: direct", direct::plan, 20, paths::nov25),
     scenario("Nov-2025 client at a portal of today: relayed", relay_only::plan, 20, paths::nov25_client),
     scenario(
@@ -77,7 +89,8 @@ pub static SCENARIOS: &[Scenario] = &[
         relay_only::plan,
         20,
         paths::relay_arrives_late,
-    ),
+    )
+    .once(),
     scenario("the direct way closes: the relay takes over", direct::plan, 90, paths::direct_way_closes),
     scenario("the client's network changes", direct::plan, 30, paths::client_roams),
     scenario("the client's network changes mid-transfer", direct::plan, 60, relays::roams_mid_transfer)
@@ -101,9 +114,9 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp).core(),
     scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
-    scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent),
-    scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop),
-    scenario("portal refuses: busy, then the token", direct::plan, 60, trouble::portal_refuses),
+    scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent).once(),
+    scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop).once(),
+    scenario("portal refuses: busy, then the token", direct::plan, 60, trouble::portal_refuses).once(),
     scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one).core(),
     scenario("the last resource revoked mid-transfer: goodbye", direct::plan, 30, access::revoke_last),
     scenario("an authorization expires", direct::plan, 30, access::expiry),
@@ -136,7 +149,8 @@ pub static SCENARIOS: &[Scenario] = &[
         60,
         floods::forged_with_cookies,
     ),
-    scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance),
+    scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance)
+        .once(),
     scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate)
         .core(),
     scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart).core(),
@@ -150,7 +164,8 @@ pub static SCENARIOS: &[Scenario] = &[
         direct::plan,
         400,
         crowd::restart_with_thousands,
-    ),
-    scenario("no secret in the TRACE log, direct", direct::plan, 40, trouble::no_secret_in_trace),
-    scenario("no secret in the TRACE log, relayed", relay_only::plan, 40, trouble::no_secret_in_trace),
+    )
+    .once(),
+    scenario("no secret in the TRACE log, direct", direct::plan, 40, trouble::no_secret_in_trace).once(),
+    scenario("no secret in the TRACE log, relayed", relay_only::plan, 40, trouble::no_secret_in_trace).once(),
 ];
