@@ -114,7 +114,8 @@ fn proven(gateway: PublicKey, socket: &UdpSocket, pressure: &[Vec<u8>]) -> Resul
         socket.set_read_timeout(Some(SECOND / 20))?;
         // What answers the pressure is not for this key.
         while let Ok(length) = socket.recv(&mut answer) {
-            let opened = attacker.decapsulate(None, &answer[..length], &mut [0; 256]);
+            let mut scratch = [0; 256];
+            let opened = attacker.decapsulate(None, &answer[..length], &mut scratch);
             if !matches!(opened, TunnResult::Err(_)) {
                 break;
             }
