@@ -77,7 +77,8 @@ pub(super) struct Bed {
     pub(super) cx: Context,
     pub(super) lab: Lab,
     peers: Vec<Peer>,
-    _servers: Vec<Process>,
+    /// iperf3 on the LAN host, by [`Who::ALL`].
+    servers: Vec<Process>,
     /// NAPI threads of the gateway's interfaces.
     pub(super) napi: Vec<i32>,
     /// What was refused.
@@ -117,7 +118,7 @@ impl Bed {
             ensure!((way != Way::Direct) == relayed, "client {index}: the path is {way:?}");
         }
         let servers = Who::ALL.into_iter().map(|who| traffic::server(&cx, who)).collect::<Result<_>>()?;
-        let mut bed = Self { cx, lab, peers: Vec::new(), _servers: servers, napi, notes };
+        let mut bed = Self { cx, lab, peers: Vec::new(), servers, napi, notes };
         for who in [Who::BoringTun, Who::WireGuardGo] {
             match peers::start(&bed.cx, who) {
                 Ok(peer) => bed.peers.push(peer),
@@ -158,18 +159,49 @@ impl Bed {
     pub(super) fn set_offloads(&self, on: bool) -> Result<()> {
         let topology = &self.cx.topology;
         for (namespace, interface) in links(topology)? {
-            let towards_gateway = (namespace.name() == topology.router.name() && interface == "gw")
-                || namespace.name() == topology.lan.name();
             let word = |on: bool| if on { "on" } else { "off" };
             // A veth hands what it receives to NAPI only if the other end has no TSO. Towards the gateway that matters
             // more: TCP arrives there as from a NIC, in frames that GRO merges.
-            let tso = word(on && !towards_gateway);
+            let tso = word(on && !is_towards_gateway(topology, namespace, &interface));
             let features = ["gso", word(on), "tso", tso, "tx-udp-segmentation", word(on)];
             let command: Vec<&str> = ["ethtool", "-K", &interface].into_iter().chain(features).collect();
             run(namespace, Duration::from_secs(5), &command)?.success()?;
         }
         Ok(())
     }
+
+    /// A new iperf3 for what goes through `who`: one whose client vanished waits for it for a long time.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(super) fn renew_server(&mut self, who: Who) -> Result<()> {
+        let place = Who::ALL.iter().position(|one| *one == who).context("one of all")?;
+        // The old one must be gone before the new one can listen.
+        drop(self.servers.remove(place));
+        self.servers.insert(place, traffic::server(&self.cx, who)?);
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(())
+    }
+
+    /// From now on client0 and the portal's host each have a queue of their own in the router, until the offloads are set
+    /// again: what one of them sends too much is not lost to the other.
+    ///
+    /// # Errors
+    /// With what `ethtool` said.
+    pub(super) fn separate_queues(&self) -> Result<()> {
+        let topology = &self.cx.topology;
+        for namespace in [&topology.clients[0].namespace, &topology.portal.namespace] {
+            let command = ["ethtool", "-K", "eth0", "tso", "off"];
+            run(namespace, Duration::from_secs(5), &command)?.success()?;
+        }
+        Ok(())
+    }
+}
+
+/// The other ends of the gateway's two links.
+fn is_towards_gateway(topology: &Topology, namespace: &NetNs, interface: &str) -> bool {
+    let uplink = namespace.name() == topology.router.name() && interface == "gw";
+    uplink || namespace.name() == topology.lan.name()
 }
 
 /// Every veth end, with its namespace.
@@ -189,9 +221,10 @@ fn links(topology: &Topology) -> Result<Vec<(&NetNs, String)>> {
 /// For [`interfaces`] where nobody has a core of its own.
 pub(super) const OTHERS_AND_GATEWAY: &[usize] = &[OTHER_CORE, GATEWAY_CORE];
 
-/// What arrives at the gateway's interfaces is handled by their own NAPI threads on the cores `of_gateway`; what arrives
-/// anywhere else on the cores `of_others`, by RPS. Otherwise the sender's core would do the receiver's work. Returns the
-/// gateway's NAPI threads; what is refused becomes a note.
+/// What arrives at the gateway's interfaces is handled by their own NAPI threads on the cores `of_gateway`; what it sends, at
+/// the other end of its links, on the cores `of_others`, by RPS: otherwise the sender's core would do the receiver's work.
+/// All other links have threads of their own on `of_others`. Returns the gateway's NAPI threads; what is refused becomes a
+/// note.
 ///
 /// # Errors
 /// With what `ethtool` said.
@@ -210,10 +243,11 @@ pub(super) fn interfaces(
     for (namespace, interface) in links(topology)? {
         let ours = namespace.name() == topology.gateway.namespace.name();
         run(namespace, Duration::from_secs(5), &["ethtool", "-K", &interface, "gro", "on"])?.success()?;
-        let (setting, what) = if ours {
-            ("echo 1 > $dev/threaded".to_owned(), "threaded NAPI")
-        } else {
+        let from_gateway = is_towards_gateway(topology, namespace, &interface);
+        let (setting, what) = if from_gateway {
             (format!("for f in $dev/queues/rx-*/rps_cpus; do echo {mask:x} > $f; done"), "RPS")
+        } else {
+            ("echo 1 > $dev/threaded".to_owned(), "threaded NAPI")
         };
         // A namespace's interfaces are seen in a sysfs that was mounted inside it.
         let script = format!("set -e; mount -t sysfs sysfs /sys; dev=/sys/class/net/{interface}; {setting}");
@@ -224,9 +258,11 @@ pub(super) fn interfaces(
             continue;
         }
         for thread in napi_threads().into_iter().filter(|pid| !before.contains(pid)) {
-            accounting::allow(thread, of_gateway)?;
+            accounting::allow(thread, if ours { of_gateway } else { of_others })?;
             accounting::prefer(thread)?;
-            threads.push(thread);
+            if ours {
+                threads.push(thread);
+            }
         }
     }
     if threads.len() < 2 {

@@ -71,11 +71,12 @@ struct Seen {
 /// Measures `rounds` times, weathers interleaved.
 ///
 /// # Errors
-/// If the session breaks or the gateway does not answer at all.
-pub(super) fn measure(bed: &Bed, rounds: usize, seconds: u32) -> Result<Vec<Flood>> {
+/// If there is no session before the flood, the flood does not arrive, or /healthz does not answer.
+pub(super) fn measure(bed: &mut Bed, rounds: usize, seconds: u32) -> Result<Vec<Flood>> {
     let key = bed.lab.portal.public_key_of(Role::Gateway, GATEWAY_NAME).context("the gateway's key")?;
     let key = decode(&key)?;
     bed.set_offloads(true)?;
+    bed.separate_queues()?;
     let mut seen: Vec<Vec<Seen>> = WEATHERS.iter().map(|_| Vec::new()).collect();
     for round in 1..=rounds {
         for ((weather, name), seen) in WEATHERS.iter().zip(&mut seen) {
@@ -90,6 +91,9 @@ pub(super) fn measure(bed: &Bed, rounds: usize, seconds: u32) -> Result<Vec<Floo
                 millis(percentile(&one.healthz, 99)),
                 one.gateway_percent
             );
+            if one.goodput_mbit == 0.0 {
+                bed.renew_server(Who::Ours)?;
+            }
             seen.push(one);
         }
     }
@@ -128,15 +132,24 @@ fn once(bed: &Bed, weather: Weather, key: [u8; 32], seconds: u32) -> Result<Seen
         let ping = join(pings);
         stop.store(true, Ordering::Relaxed);
         let flooded = join(flooder)?;
-        let (run, ping, healthz) = (run?, ping?, join(healthz)?);
-        // A flood that does not arrive would make the gateway look well.
+        let (ping, healthz) = (ping?, join(healthz)?);
+        // A session that a flood breaks is a result; one that is broken in calm weather is none.
+        let goodput_mbit = match run {
+            Ok(run) => run.bytes as f64 * 8.0 / run.seconds / 1e6,
+            Err(error) if datagrams.is_empty() => return Err(error),
+            Err(error) => {
+                println!("    the session carries nothing: {error:#}");
+                0.0
+            }
+        };
+        // A flood that does not arrive would make the gateway look well; what overflows the router's queue is lost.
         ensure!(
-            packets >= flooded / 2,
+            packets >= flooded / 10,
             "of {flooded} datagrams of the flood, {packets} frames reached the gateway"
         );
         Ok(Seen {
             arriving_kpps: packets as f64 * 1e6 / cost.wall_ns as f64,
-            goodput_mbit: run.bytes as f64 * 8.0 / run.seconds / 1e6,
+            goodput_mbit,
             ping,
             healthz,
             gateway_percent: 100.0 * cost.total_ns() as f64 / cost.wall_ns as f64,
@@ -223,14 +236,12 @@ struct Pings {
     lost_percent: f64,
 }
 
-/// Fifty echoes a second through the tunnel.
+/// Fifty echoes a second through the tunnel; all may be lost.
 fn ping(client: &NetNs, address: IpAddr, seconds: u32) -> Result<Pings> {
     let (count, address) = ((seconds * 50).to_string(), address.to_string());
     let command = ["ping", "-n", "-i", "0.02", "-c", &count, "-W", "1", &address];
     let said = process::run(client, Duration::from_secs(u64::from(seconds) + 10), &command)?;
-    let pings = read_pings(&said.stdout, seconds * 50);
-    ensure!(!pings.times.is_empty(), "no echo came back: {}", said.stdout);
-    Ok(pings)
+    Ok(read_pings(&said.stdout, seconds * 50))
 }
 
 fn read_pings(text: &str, sent: u32) -> Pings {

@@ -117,7 +117,7 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path) -> Result<()> 
     }
     let effort = arguments.effort();
     println!("making a small internet, the gateway, its peers and their clients");
-    let bed = Bed::start(directory, &scenario::gateway_path(arguments.gateway.as_deref()))?;
+    let mut bed = Bed::start(directory, &scenario::gateway_path(arguments.gateway.as_deref()))?;
     for note in &bed.notes {
         println!("note: {note}");
     }
@@ -136,7 +136,7 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path) -> Result<()> 
     let mut floods = Vec::new();
     if asked("flood") {
         println!("a session during floods");
-        floods = flood::measure(&bed, rounds, effort.seconds + 1)?;
+        floods = flood::measure(&mut bed, rounds, effort.seconds + 1)?;
     }
     let mut notes = bed.notes.clone();
     // The next topology has the same names.

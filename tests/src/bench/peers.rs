@@ -22,15 +22,11 @@ pub(super) struct Peer {
     pub(super) who: Who,
     _client: Process,
     pub(super) server: Process,
-    socket: PathBuf,
 }
 
-impl Drop for Peer {
-    fn drop(&mut self) {
-        // A killed server leaves it behind.
-        let _gone_already = std::fs::remove_file(&self.socket);
-    }
-}
+/// Both servers put their control socket here, and leave it behind when they are killed; so each has the folder for itself.
+const SOCKETS: &str = "/run/wireguard";
+const OWN_FOLDER: &str = r#"mkdir -p "$0" && mount -t tmpfs tmpfs "$0" && exec "$@""#;
 
 /// Starts and configures both.
 ///
@@ -51,12 +47,15 @@ pub(super) fn start(cx: &Context, who: Who) -> Result<Peer> {
     let port = 51_820 + u16::from(number);
     let (server_key, client_key) = (keys(), keys());
 
-    let pinned = ["taskset", "-c", &GATEWAY_CORE.to_string()].map(str::to_owned);
+    let core = GATEWAY_CORE.to_string();
+    let pinned =
+        ["unshare", "-m", "sh", "-c", OWN_FOLDER, SOCKETS, "taskset", "-c", &core].map(str::to_owned);
     let words = arguments.iter().map(|&word| word.to_owned()).chain([interface.clone()]);
     let command = pinned.into_iter().chain([program.display().to_string()]).chain(words).collect();
     let what = Spawn { name: who.name(), command, ..Spawn::default() };
     let mut server = Process::spawn(&topology.gateway.namespace, &cx.logs, &what)?;
-    let socket = PathBuf::from(format!("/var/run/wireguard/{interface}.sock"));
+    let pid = server.pid().to_string();
+    let socket = PathBuf::from(format!("/proc/{pid}/root{SOCKETS}/{interface}.sock"));
     wait_for("the server's socket", Duration::from_secs(3), || {
         ensure!(server.poll().is_none(), "{} ended: {}", who.name(), server.log());
         Ok(socket.exists().then_some(()))
@@ -64,7 +63,6 @@ pub(super) fn start(cx: &Context, who: Who) -> Result<Peer> {
     let peer = Peer {
         who,
         server,
-        socket,
         _client: client(cx, who, number, client_address, port, &server_key, &client_key)?,
     };
 
@@ -72,6 +70,10 @@ pub(super) fn start(cx: &Context, who: Who) -> Result<Peer> {
     std::fs::write(&key_file, base64(server_key.0.as_bytes()))?;
     let allowed = format!("{client_address}/32");
     let command = [
+        "nsenter",
+        "-t",
+        &pid,
+        "-m",
         "wg",
         "set",
         &interface,
