@@ -383,7 +383,8 @@ pub fn wait_prohibited(namespace: &NetNs, address: IpAddr, limit: Duration) -> R
         let said = run(
             namespace,
             Duration::from_secs(3),
-            &["ping", "-n", "-c", "1", "-W", "1", &address.to_string()],
+            // The answer to one that went out just before is refused on its way back, so that nothing comes: ask again.
+            &["ping", "-n", "-c", "1", "-W", "0.2", &address.to_string()],
         )?;
         last = said.stdout;
         Ok(is_prohibited(&last).then_some(()))
