@@ -226,14 +226,8 @@ impl<'a> Session<'a> {
 
     /// The README's first command, without what the steps before have done; its table is part of the output.
     fn demo(&self, ready: bool) -> Result<Outcome> {
-        if let Some(reason) = self.no_network(ready) {
+        if let Some(reason) = self.left_out(ready, "demo") {
             return Ok(Outcome::Skipped(reason.into()));
-        }
-        if self.arguments.filter.as_ref().is_some_and(|filter| !"demo".contains(filter.as_str())) {
-            return Ok(Outcome::Skipped("the filter leaves it out".into()));
-        }
-        if !run::is_root() {
-            return Ok(Outcome::Skipped("making network namespaces needs root".into()));
         }
         build_release()?;
         let mut demo = run::command(run::target().join("release/gateway-tests"));
@@ -264,14 +258,8 @@ impl<'a> Session<'a> {
 
     /// That the benchmark works; its figures mean nothing here.
     fn bench(&self, ready: bool) -> Result<Outcome> {
-        if let Some(reason) = self.no_network(ready) {
+        if let Some(reason) = self.left_out(ready, "bench") {
             return Ok(Outcome::Skipped(reason.into()));
-        }
-        if self.arguments.filter.as_ref().is_some_and(|filter| !"bench".contains(filter.as_str())) {
-            return Ok(Outcome::Skipped("the filter leaves it out".into()));
-        }
-        if !run::is_root() {
-            return Ok(Outcome::Skipped("making network namespaces needs root".into()));
         }
         if std::thread::available_parallelism().is_ok_and(|cores| cores.get() < 2) {
             return Ok(Outcome::Skipped("the gateway needs a core of its own".into()));
@@ -279,6 +267,17 @@ impl<'a> Session<'a> {
         build_release()?;
         let mut bench = run::command(run::target().join("release/gateway-tests"));
         succeeded(passes(bench.args(["bench", "--smoke"])))
+    }
+
+    /// Why the step `name`, one thing in the test network, does not run.
+    fn left_out(&self, ready: bool, name: &str) -> Option<&'static str> {
+        if let Some(reason) = self.no_network(ready) {
+            return Some(reason);
+        }
+        if self.arguments.filter.as_ref().is_some_and(|filter| !name.contains(filter.as_str())) {
+            return Some("the filter leaves it out");
+        }
+        (!run::is_root()).then_some("making network namespaces needs root")
     }
 
     /// Why nothing runs that needs the test network.
