@@ -25,6 +25,7 @@ mod links;
 mod merge;
 #[cfg(test)]
 mod netns_tests;
+mod poller;
 mod queue;
 mod ring;
 mod sendmmsg;

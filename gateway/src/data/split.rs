@@ -21,7 +21,15 @@ pub struct Reader {
     packets: Vec<(usize, usize)>,
     /// Bytes in front of each packet: [`virtio::LEN`] or 0.
     header: usize,
+    /// Batches in a row that were one packet, with nothing behind it.
+    lonely: u8,
+    /// Batches since nothing was looked for behind the first packet.
+    unasked: u8,
 }
+
+/// After so many batches of one packet, only every so many looks for another: the look is a system call, and what it
+/// would have found ends the next sleep at once.
+const LONELY: u8 = 4;
 
 /// One read: header and the longest packet.
 const READ: usize = virtio::LEN + 65_535;
@@ -43,11 +51,14 @@ impl Reader {
             bytes: vec![0; BYTES].into_boxed_slice(),
             packets: Vec::with_capacity(BATCH + MAX_SEGMENTS),
             header: if vnet { virtio::LEN } else { 0 },
+            lonely: 0,
+            unasked: 0,
         }
     }
 
     /// Forgets the last batch and reads another with `read`, which is a non-blocking read of one packet. Returns
-    /// whether the device may hold more.
+    /// whether it should be asked for more at once; if not, the device is empty, or little has arrived lately and its
+    /// readiness will tell.
     ///
     /// # Errors
     /// What `read` says, other than that nothing waits.
@@ -57,11 +68,17 @@ impl Reader {
         drops: &mut Counters,
     ) -> io::Result<bool> {
         self.packets.clear();
-        let (mut used, mut refused) = (0, 0);
+        let (mut used, mut refused, mut reads) = (0, 0, 0);
         while self.packets.len() < BATCH && self.bytes.len() - used >= READ + SEGMENTS {
+            if reads == 1 && self.is_likely_alone() {
+                return Ok(false);
+            }
             let len = match read(&mut self.bytes[used..used + READ]) {
                 Ok(len) => len,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.lonely = if reads == 1 { self.lonely.saturating_add(1) } else { 0 };
+                    return Ok(false);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 // The kernel could not describe a packet by a virtio header; that packet is gone, the device is not.
                 Err(e) if e.raw_os_error() == Some(libc::EINVAL) && refused < MAX_REFUSED => {
@@ -71,12 +88,24 @@ impl Reader {
                 }
                 Err(e) => return Err(e),
             };
+            reads += 1;
             match self.take(used, len) {
                 Ok(end) => used = end,
                 Err(Malformed) => drops.count(DropReason::MalformedOffload),
             }
         }
+        self.lonely = 0;
         Ok(true)
+    }
+
+    /// Whether the look behind the first packet is left out this time.
+    fn is_likely_alone(&mut self) -> bool {
+        if self.lonely < LONELY || self.unasked + 1 == LONELY {
+            self.unasked = 0;
+            return false;
+        }
+        self.unasked += 1;
+        true
     }
 
     /// The packets of the batch.
@@ -380,6 +409,36 @@ mod tests {
         assert_eq!(drops.get(DropReason::MalformedOffload), 2);
         let broken = reader.fill(|_| invalid().map(|p| p.len()), &mut drops).unwrap_err();
         assert_eq!(broken.raw_os_error(), Some(libc::EINVAL), "a device that only fails is broken");
+    }
+
+    #[test]
+    fn a_trickle_is_not_asked_for_more_each_time_and_a_flood_soon_is() {
+        let packet = Spec::default().build();
+        let mut reader = Reader::new(false);
+        let asked = std::cell::Cell::new(0);
+        let mut fill = |waiting: &mut usize| {
+            let read = |buffer: &mut [u8]| {
+                asked.set(asked.get() + 1);
+                let some = *waiting > 0;
+                *waiting -= usize::from(some);
+                copy(some.then(|| packet.clone()), buffer)
+            };
+            let more = reader.fill(read, &mut Counters::default()).unwrap();
+            (more, reader.count())
+        };
+        for _ in 0..100 {
+            assert_eq!(fill(&mut 1), (false, 1), "one packet, and sleep");
+        }
+        assert!((105..150).contains(&asked.get()), "{} reads for 100 single packets", asked.get());
+        // Nothing is lost if more arrives: each turn takes at least one, and after a few it takes all.
+        let mut waiting = 1000;
+        let turns = std::iter::repeat_with(|| {
+            while fill(&mut waiting).0 {}
+            waiting
+        });
+        let left: Vec<usize> = turns.take_while(|waiting| *waiting > 0).collect();
+        assert!(left.len() < usize::from(LONELY), "{left:?}");
+        assert_eq!(fill(&mut 0), (false, 0), "empty is empty");
     }
 
     /// What a sender without offload would have sent.

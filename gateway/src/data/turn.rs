@@ -2,7 +2,7 @@
 //! the core batches.
 //!
 //! ```text
-//! poll(eventfd, udp4, udp6, tun, deadline)
+//! sleep(bell, udp4, udp6, tun, deadline)
 //!   -> commands                     before every batch, so that a revocation acts on the next packet
 //!   -> moved clients, handovers     what reached other workers and is ours
 //!   -> udp4, then udp6, then tun    each drained within a budget: the replay window bounds how far one path may
@@ -24,12 +24,12 @@ use gateway_proto::{
     Command, Datagram, Handover, Route, Sink, WorkerEvent, WorkerId,
     worker::{Moved, Traffic, Worker},
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{
     coalesce::Writer,
     gso::Outlet,
     links::{Inbox, Outbox},
+    poller::{Poller, Ready},
     queue::{Commands, Events},
     split::Reader,
     tun::Tun,
@@ -79,9 +79,11 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
         socket_errors: 0,
         shut_down: false,
     };
+    let sockets = [&turn.out.v4, &turn.out.v6].into_iter().flatten().map(Outlet::socket);
+    let mut poller = Poller::new(commands.wake(), tun, sockets).context("Failed to make an epoll set")?;
     let mut spilled: Vec<WorkerEvent> = Vec::new();
     loop {
-        let ready = wait(commands, &turn.inbox, &turn.out, tun, turn.deadline())?;
+        let ready = sleep(&mut poller, &turn.inbox, &turn.out, turn.deadline())?;
         shared.begin_turn();
         turn.take(&ready, tun)?;
         spilled.extend(std::iter::from_fn(|| turn.core.poll_event()));
@@ -184,61 +186,23 @@ impl Core for Worker {
     }
 }
 
-/// What woke the thread.
-#[derive(Debug, Default)]
-struct Ready {
-    called: bool,
-    v4_in: bool,
-    v4_out: bool,
-    v6_in: bool,
-    v6_out: bool,
-    tun: bool,
-}
-
 /// Sleeps until something is to be done. A socket's writability is only waited for while its outlet is blocked.
-fn wait(
-    commands: &Commands,
+fn sleep(
+    poller: &mut Poller,
     inbox: &Inbox,
     out: &Outgoing<'_>,
-    tun: &Tun,
     deadline: Option<Instant>,
 ) -> io::Result<Ready> {
-    let timeout = deadline.map(|deadline| {
-        let left = deadline.saturating_duration_since(Instant::now());
-        Timespec {
-            tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        }
-    });
-    let mut fds = arrayvec::ArrayVec::<PollFd<'_>, 4>::new();
-    fds.push(PollFd::new(commands.wake(), PollFlags::IN));
-    fds.push(PollFd::new(tun, PollFlags::IN));
     for outlet in [&out.v4, &out.v6].into_iter().flatten() {
-        let wanted = if outlet.is_blocked() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
-        fds.push(PollFd::new(outlet.socket(), wanted));
+        poller.wait_for_room(outlet.socket(), outlet.is_blocked())?;
     }
-    let at_once = inbox.fall_asleep().then_some(Timespec { tv_sec: 0, tv_nsec: 0 });
-    let polled = poll(&mut fds, at_once.as_ref().or(timeout.as_ref()));
-    inbox.wake_up();
-    match polled {
-        Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
-        Ok(_) => {}
-        Err(e) => return Err(e.into()),
-    }
-    let bad = PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL;
-    let mut of_sockets = fds[2..].iter().map(|fd| fd.revents());
-    let mut of = |outlet: &Option<Outlet>| {
-        outlet.as_ref().and_then(|_| of_sockets.next()).unwrap_or(PollFlags::empty())
+    let limit = match inbox.fall_asleep() {
+        true => Some(Duration::ZERO),
+        false => deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())),
     };
-    let (v4, v6) = (of(&out.v4), of(&out.v6));
-    Ok(Ready {
-        called: fds[0].revents().contains(PollFlags::IN),
-        tun: fds[1].revents().intersects(PollFlags::IN | bad),
-        v4_in: v4.intersects(PollFlags::IN | bad),
-        v4_out: v4.contains(PollFlags::OUT),
-        v6_in: v6.intersects(PollFlags::IN | bad),
-        v6_out: v6.contains(PollFlags::OUT),
-    })
+    let ready = poller.sleep(limit);
+    inbox.wake_up();
+    ready
 }
 
 /// Everything the thread works with.

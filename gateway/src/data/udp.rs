@@ -317,7 +317,13 @@ pub struct Receiver {
     /// [`BATCH_SIZE`] buffers of [`MESSAGE`] bytes.
     bytes: Box<[u8]>,
     meta: [RecvMeta; BATCH_SIZE],
+    /// How many messages the next call offers room for: describing the room for [`BATCH_SIZE`] costs more than receiving
+    /// one. Twice of what the last call brought.
+    width: usize,
 }
+
+/// Of what is offered at least: a message, and the answer whether there is another.
+const MIN_WIDTH: usize = 2;
 
 /// A GRO super-datagram is a UDP payload like any other: it never exceeds the 16-bit length field.
 const MESSAGE: usize = 65_536;
@@ -328,6 +334,7 @@ impl Receiver {
         Self {
             bytes: vec![0; MESSAGE * BATCH_SIZE].into_boxed_slice(),
             meta: std::array::from_fn(|_| RecvMeta::default()),
+            width: MIN_WIDTH,
         }
     }
 
@@ -336,11 +343,14 @@ impl Receiver {
     /// # Errors
     /// `WouldBlock` when nothing waits.
     pub fn recv(&mut self, socket: &DataSocket) -> io::Result<Received<'_>> {
+        let width = self.width;
         let mut buffers: ArrayVec<IoSliceMut<'_>, BATCH_SIZE> =
-            self.bytes.chunks_exact_mut(MESSAGE).map(IoSliceMut::new).collect();
+            self.bytes.chunks_exact_mut(MESSAGE).take(width).map(IoSliceMut::new).collect();
         let messages = socket.state.recv((&socket.socket).into(), &mut buffers, &mut self.meta)?;
         drop(buffers);
-        Ok(Received { bytes: &self.bytes, meta: &self.meta[..messages], port: socket.port })
+        self.width = (2 * messages).clamp(MIN_WIDTH, BATCH_SIZE);
+        let full = messages == width;
+        Ok(Received { bytes: &self.bytes, meta: &self.meta[..messages], port: socket.port, full })
     }
 }
 
@@ -349,12 +359,13 @@ pub struct Received<'a> {
     bytes: &'a [u8],
     meta: &'a [RecvMeta],
     port: u16,
+    full: bool,
 }
 
 impl<'a> Received<'a> {
     /// Whether the socket may hold more.
     pub fn is_full(&self) -> bool {
-        self.meta.len() == BATCH_SIZE
+        self.full
     }
 
     /// How many datagrams it is, useless ones included.
@@ -379,7 +390,7 @@ impl<'a> Received<'a> {
         };
         // Filtered before anything is yielded, so that `drops` is free again when the caller gets the iterator.
         let usable: ArrayVec<bool, BATCH_SIZE> = self.meta.iter().map(usable).collect();
-        let Self { bytes, meta, port } = self;
+        let Self { bytes, meta, port, .. } = self;
         meta.iter().enumerate().filter(move |(i, _)| usable[*i]).flat_map(move |(i, meta)| {
             let message = &bytes[i * MESSAGE..][..meta.len];
             let local = SocketAddr::new(meta.dst_ip.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port);
@@ -480,7 +491,7 @@ mod tests {
             };
             // A good message on either side: one bad message never ends a batch.
             let metas = [meta(1, 1, here), meta(*len, *stride, *dst_ip), meta(2, 2, here)];
-            let received = Received { bytes: &vec![0; 3 * MESSAGE], meta: &metas, port: 5 };
+            let received = Received { bytes: &vec![0; 3 * MESSAGE], meta: &metas, port: 5, full: false };
             let mut drops = Counters::default();
             let count = received.count();
             let got: Vec<usize> = received.datagrams(&mut drops).map(|d| d.payload.len()).collect();

@@ -8,6 +8,7 @@
 mod accounting;
 mod aead;
 mod bed;
+mod burst;
 mod flood;
 mod markdown;
 mod peers;

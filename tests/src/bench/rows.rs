@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::{
     bed::{Bed, Who},
+    burst::Bursts,
     report::{Contender, Row, Run},
     traffic::{self, Direction, Load},
 };
@@ -29,12 +30,19 @@ pub(super) struct Effort {
 /// Attempts at one run.
 const ATTEMPTS: u32 = 3;
 
+/// TCP takes what it gets. UDP is sent at a rate that all contenders carry: a datagram at a time, and as QUIC stacks do.
+const LOADS: [Load; 3] = [
+    Load::Tcp,
+    Load::Udp { bytes: 1200, mbit: 200 },
+    Load::Bursts(Bursts { bytes: 1200, mbit: 200, datagrams: 10 }),
+];
+
 /// All of them; those with equal offloads stand together.
 pub(super) fn all() -> Vec<Plan> {
     let mut plans = Vec::new();
     for offloads in [true, false] {
         for relayed in [false, true] {
-            for load in [Load::Tcp, Load::Udp { bytes: 1200, mbit: 200 }] {
+            for load in LOADS {
                 for direction in [Direction::Outbound, Direction::Inbound] {
                     plans.push(Plan { relayed, load, direction, offloads });
                 }
@@ -50,6 +58,9 @@ impl Plan {
         let load = match self.load {
             Load::Tcp => "TCP".to_owned(),
             Load::Udp { mbit, .. } => format!("UDP {mbit} Mbit/s"),
+            Load::Bursts(Bursts { mbit, datagrams, .. }) => {
+                format!("UDP {mbit} Mbit/s in bursts of {datagrams}")
+            }
         };
         let direction = match self.direction {
             Direction::Outbound => "outbound",

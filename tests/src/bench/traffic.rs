@@ -1,4 +1,4 @@
-//! One run: iperf3 from the client host to the LAN host, and what it cost the gateway.
+//! One run: iperf3, or bursts, from the client host to the LAN host, and what it cost the gateway.
 
 use std::net::IpAddr;
 
@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{
     accounting::{self, Meter},
     bed::{Bed, Who},
+    burst::{self, Bursts},
     report::{Cost, Run},
 };
 use crate::{
@@ -22,6 +23,8 @@ pub(super) enum Load {
     Tcp,
     /// Datagrams of this many bytes of payload at this many Mbit/s.
     Udp { bytes: u32, mbit: u32 },
+    /// Datagrams of which one system call sends several.
+    Bursts(Bursts),
 }
 
 /// Client to resource, or back.
@@ -59,6 +62,34 @@ pub(super) fn run(
     direction: Direction,
     seconds: u32,
 ) -> Result<Run> {
+    let client = &bed.cx.topology.clients[index].namespace;
+    let meter = Meter::new(bed.pid(who), &bed.napi);
+    let before = meter.read()?;
+    let arrived = match load {
+        Load::Tcp | Load::Udp { .. } => {
+            let words = arguments(load, direction, seconds);
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            arrived(&iperf3(client, IpAddr::V4(who.target()), &words)?, load)?
+        }
+        Load::Bursts(bursts) => {
+            let seen = burst::run(client, &bed.cx.topology.lan, who.target(), bursts, direction, seconds)?;
+            Run {
+                packets: seen.arrived,
+                bytes: seen.arrived * u64::from(bursts.bytes),
+                seconds: seen.seconds,
+                lost_percent: 100.0 * (seen.sent - seen.arrived) as f64 / seen.sent.max(1) as f64,
+                cost: Cost::default(),
+                void: false,
+                repeated: 0,
+            }
+        }
+    };
+    let cost = before.until(&meter.read()?);
+    Ok(Run { cost, void: accounting::is_void(&cost), ..arrived })
+}
+
+/// Of iperf3.
+fn arguments(load: Load, direction: Direction, seconds: u32) -> Vec<String> {
     let mut arguments = ["-p", &PORT.to_string(), "-t", &seconds.to_string()].map(str::to_owned).to_vec();
     if let Load::Udp { bytes, mbit } = load {
         arguments.extend(["-u", "-b", &format!("{mbit}M"), "-l", &bytes.to_string()].map(str::to_owned));
@@ -66,14 +97,7 @@ pub(super) fn run(
     if direction == Direction::Inbound {
         arguments.push("-R".to_owned());
     }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let meter = Meter::new(bed.pid(who), &bed.napi);
-    let before = meter.read()?;
-    let client = &bed.cx.topology.clients[index].namespace;
-    let report = iperf3(client, IpAddr::V4(who.target()), &arguments)?;
-    let cost = before.until(&meter.read()?);
-    let arrived = arrived(&report, load)?;
-    Ok(Run { cost, void: accounting::is_void(&cost), ..arrived })
+    arguments
 }
 
 /// iperf3's report as the receiver sees it; without a cost.
@@ -88,7 +112,7 @@ pub(super) fn arrived(report: &Value, load: Load) -> Result<Run> {
             let bytes = whole(&sum["bytes"]).context("iperf3's bytes")?;
             (bytes / SEGMENT, bytes, sum["seconds"].as_f64(), 0.0)
         }
-        Load::Udp { bytes: size, .. } => {
+        Load::Udp { bytes: size, .. } | Load::Bursts(Bursts { bytes: size, .. }) => {
             let sum = &end["sum"];
             let sent = whole(&sum["packets"]).context("iperf3's packets")?;
             let lost = whole(&sum["lost_packets"]).context("iperf3's losses")?;

@@ -11,7 +11,7 @@ use gateway_proto::{Ecn, Route, Transmit};
 use super::{ALL, SIZES, in_netns, ip, one};
 use crate::data::{
     gso::Outlet,
-    udp::{Receiver, Sockets},
+    udp::{DataSocket, Receiver, Sockets},
 };
 
 #[test]
@@ -136,11 +136,7 @@ fn workers_share_a_port_and_what_comes_on_it() {
                 .iter()
                 .map(|worker| {
                     let socket = if to.is_ipv4() { &worker.v4 } else { &worker.v6 };
-                    let mut count = 0;
-                    while let Ok(batch) = receiver.recv(socket.as_ref().unwrap()) {
-                        count += batch.count();
-                    }
-                    count
+                    drain(&mut receiver, socket.as_ref().unwrap())
                 })
                 .collect();
             assert!(got.iter().sum::<usize>() == 100 && got.iter().all(|count| *count > 0), "{to}: {got:?}");
@@ -151,9 +147,44 @@ fn workers_share_a_port_and_what_comes_on_it() {
             sender.send_to(&[i], "127.0.0.1:52625").unwrap();
         }
         let mut receiver = Receiver::new();
-        let counts = group
-            .iter()
-            .map(|worker| receiver.recv(worker.v4.as_ref().unwrap()).map_or(0, |got| got.count()));
+        let counts = group.iter().map(|worker| drain(&mut receiver, worker.v4.as_ref().unwrap()));
         assert_eq!(counts.filter(|count| *count > 0).collect::<Vec<_>>(), [20]);
+    });
+}
+
+/// How many datagrams wait; none waits any more.
+fn drain(receiver: &mut Receiver, socket: &DataSocket) -> usize {
+    let mut count = 0;
+    while let Ok(batch) = receiver.recv(socket) {
+        count += batch.count();
+    }
+    count
+}
+
+#[test]
+fn what_is_received_in_one_call_grows_with_what_arrives() {
+    in_netns(async {
+        ip("link set lo up");
+        let socket = one(Sockets::open(1, SIZES, ALL)).v4.unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut receiver = Receiver::new();
+        let mut calls = |count: u16| {
+            for i in 0..count {
+                // Lengths that grow are not merged.
+                sender.send_to(&vec![7; usize::from(i) + 1], ("127.0.0.1", socket.port())).unwrap();
+            }
+            let mut calls = Vec::new();
+            loop {
+                let batch = receiver.recv(&socket).unwrap();
+                calls.push(batch.count());
+                if !batch.is_full() {
+                    assert_eq!(calls.iter().sum::<usize>(), usize::from(count), "nothing stays behind");
+                    return calls;
+                }
+            }
+        };
+        assert_eq!(calls(1), [1]);
+        assert_eq!(calls(61), [2, 4, 8, 16, 31]);
+        assert_eq!(calls(31), [31], "it keeps what it has learnt");
     });
 }
