@@ -71,6 +71,9 @@ pub struct ClientState {
     pub tunnel: TunnelAddrs,
     /// How to reach it.
     pub connection: Connection,
+    /// Where authentic ICE checks of this connection came from, not through a channel of ours: its initiations may come
+    /// from there, already before a pair is nominated. Bounded; empty without a connection.
+    pub heard_from: Arc<[SocketAddr]>,
     /// What it may reach, complete.
     pub resources: Arc<[Resource]>,
 }

@@ -254,6 +254,7 @@ fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
     let state = ClientState {
         tunnel,
         connection: Connection::Present(Arc::new(keys), Some(path)),
+        heard_from: [].into(),
         resources: resources.into(),
     };
     for command in [

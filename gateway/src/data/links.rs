@@ -244,6 +244,7 @@ mod tests {
         let state = Arc::new(ClientState {
             tunnel: TunnelAddrs { v4: [100, 64, 0, 7].into(), v6: "fd00:2021:1111::7".parse().unwrap() },
             connection: Connection::Absent,
+            heard_from: Arc::new([]),
             resources: Arc::new([]),
         });
         for order in 0..ROUNDS {

@@ -270,6 +270,7 @@ mod tests {
                 v6: [0xfd00, 0x2021, 0x1111, 0, 0, 0, 0, address.into()].into(),
             },
             connection: keys.map_or(Connection::Absent, |keys| Connection::Present(Arc::new(keys), None)),
+            heard_from: Arc::new([]),
             resources: Arc::new([]),
         })
     }

@@ -71,13 +71,11 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
             now,
             reserved_v6: false,
         },
-        commands,
+        orders: Orders { commands, drained: Vec::new(), shut_down: false },
         inbox,
-        drained: Vec::new(),
         receiver: Receiver::new(),
         reader: Reader::new(tun.has_headers()),
         socket_errors: 0,
-        shut_down: false,
     };
     let sockets = [&turn.out.v4, &turn.out.v6].into_iter().flatten().map(Outlet::socket);
     let mut poller = Poller::new(commands.wake(), tun, sockets).context("Failed to make an epoll set")?;
@@ -91,7 +89,7 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
         turn.core.counters_mut().add(DropReason::ControlQueueFull, refused);
         let traffic = turn.core.traffic();
         shared.end_turn(turn.core.counters_mut(), traffic);
-        if turn.shut_down {
+        if turn.orders.shut_down {
             turn.out.linger(Duration::from_millis(500));
             turn.say_how_it_ends(id);
             return Ok(());
@@ -209,13 +207,18 @@ fn sleep(
 struct Turn<'a, C> {
     core: C,
     out: Outgoing<'a>,
-    commands: &'a Commands,
+    orders: Orders<'a>,
     inbox: Inbox,
-    drained: Vec<Command>,
     receiver: Receiver,
     reader: Reader,
     /// Failed receives in a row.
     socket_errors: u32,
+}
+
+/// What control says.
+struct Orders<'a> {
+    commands: &'a Commands,
+    drained: Vec<Command>,
     shut_down: bool,
 }
 
@@ -251,9 +254,9 @@ impl<C: Core> Turn<'_, C> {
     fn take(&mut self, ready: &Ready, tun: &Tun) -> Result<()> {
         self.out.now = Instant::now();
         if ready.called {
-            self.commands.wake().clear();
+            self.orders.commands.wake().clear();
         }
-        self.drain_commands();
+        self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
         if ready.v4_out || ready.v6_out {
             self.out.flush();
         }
@@ -272,21 +275,6 @@ impl<C: Core> Turn<'_, C> {
         }
         self.end_batch();
         Ok(())
-    }
-
-    fn drain_commands(&mut self) {
-        self.commands.drain(&mut self.drained);
-        for command in self.drained.drain(..) {
-            if matches!(command, Command::Shutdown) {
-                self.shut_down = true;
-                // Clients that have just arrived hear the goodbye, too. (One that is given later, by a worker that reads
-                // its commands later, does not; it finds out by its own timers.)
-                for moved in self.inbox.look() {
-                    self.core.handle_moved(moved, self.out.now, &mut self.out);
-                }
-            }
-            self.core.handle_command(command, self.out.now, &mut self.out);
-        }
     }
 
     /// What other workers passed to this one: clients first, then a fair share of each one's packets.
@@ -331,6 +319,9 @@ impl<C: Core> Turn<'_, C> {
             self.socket_errors = 0;
             taken += received.count();
             let more = received.is_full() && taken < BUDGET;
+            // Once more: what a client sends because of an answer of control's may have come in since, and the order that
+            // control gave before it answered is about just that.
+            self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
             let datagrams = received.datagrams(&mut self.out.drops);
             self.core.handle_datagrams(datagrams, self.out.now, &mut self.out);
             self.end_batch();
@@ -362,13 +353,30 @@ impl<C: Core> Turn<'_, C> {
 
     fn begin_batch(&mut self) {
         self.out.now = Instant::now();
-        self.drain_commands();
+        self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
     }
 
     fn end_batch(&mut self) {
         self.out.flush();
         let drops = std::mem::take(&mut self.out.drops);
         self.core.counters_mut().merge(&drops);
+    }
+}
+
+impl Orders<'_> {
+    fn take(&mut self, core: &mut impl Core, inbox: &mut Inbox, out: &mut Outgoing<'_>) {
+        self.commands.drain(&mut self.drained);
+        for command in self.drained.drain(..) {
+            if matches!(command, Command::Shutdown) {
+                self.shut_down = true;
+                // Clients that have just arrived hear the goodbye, too. (One that is given later, by a worker that reads
+                // its commands later, does not; it finds out by its own timers.)
+                for moved in inbox.look() {
+                    core.handle_moved(moved, out.now, out);
+                }
+            }
+            core.handle_command(command, out.now, out);
+        }
     }
 }
 

@@ -46,6 +46,8 @@ const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
 const IDLE_AFTER: Duration = Duration::from_secs(20);
 /// Addresses one client may send checks from in a connection's life: the agent keeps each of them.
 const MAX_HEARD: usize = 256;
+/// Addresses that the workers are told of, the latest: a client has a few, more after it roamed.
+const MAX_TOLD: usize = 16;
 /// Remote lines taken in a connection's life: the agent keeps withdrawn candidates, too. A client repeats a few with
 /// every authorization.
 const MAX_LINES: usize = 2048;
@@ -77,6 +79,10 @@ pub(super) struct Connection {
     lines_left: usize,
     /// Senders of authenticated requests.
     heard: HashSet<SocketAddr, FxBuildHasher>,
+    /// The latest of them that came directly: the workers are told.
+    heard_from: Arc<[SocketAddr]>,
+    /// The workers do not have the latest `heard_from` yet.
+    has_news: bool,
     /// Channels this connection asked for and holds.
     channels: HashSet<(RelayId, SocketAddr), FxBuildHasher>,
 }
@@ -137,6 +143,8 @@ impl Connection {
             signalled: Vec::new(),
             lines_left: MAX_LINES,
             heard: HashSet::default(),
+            heard_from: [].into(),
+            has_news: false,
             channels: HashSet::default(),
         };
         agent::set_timing(&mut connection.agent, &agent::ACTIVE);
@@ -260,11 +268,25 @@ impl Connection {
         }
         if accepted && is_request {
             self.heard.insert(from);
+            if via.is_none() {
+                self.note_address(from);
+            }
             if nominates {
                 self.take_at_its_word(destination, from, shared, now);
             }
         }
         accepted
+    }
+
+    /// The client holds `from`. Its first initiation comes as soon as it has the answer to this check, together with its
+    /// nomination; the worker must know whose it is without control.
+    fn note_address(&mut self, from: SocketAddr) {
+        if self.heard_from.contains(&from) {
+            return;
+        }
+        let surplus = (self.heard_from.len() + 1).saturating_sub(MAX_TOLD);
+        self.heard_from = self.heard_from.iter().skip(surplus).copied().chain([from]).collect();
+        self.has_news = true;
     }
 
     /// Relays found a candidate that concerns this connection.
@@ -386,6 +408,16 @@ impl Connection {
     /// What the workers know it by.
     pub(super) fn keys(&self) -> &Arc<ConnectionKeys> {
         &self.keys
+    }
+
+    /// Where its checks came from, see [`ClientState::heard_from`](crate::command::ClientState::heard_from).
+    pub(super) fn heard_from(&self) -> &Arc<[SocketAddr]> {
+        &self.heard_from
+    }
+
+    /// Has [`Connection::heard_from`] changed since the last call?
+    pub(super) fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.has_news)
     }
 
     /// Does the agent hold a working pair? Upstream asks for exactly *Connected* and so never rests once every

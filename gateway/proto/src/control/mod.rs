@@ -28,6 +28,7 @@ mod timers;
 use std::{
     collections::VecDeque,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -487,7 +488,7 @@ impl Control {
                 return;
             }
             let path = connection.path(&self.shared, now);
-            if client.path != path {
+            if connection.take_news() || client.path != path {
                 client.path = path;
                 self.mark_changed(id);
             }
@@ -564,14 +565,16 @@ impl Control {
         self.connection(id).is_some_and(|c| c.keys().index == index)
     }
 
-    fn client_state(&mut self, id: ClientId) -> Option<std::sync::Arc<ClientState>> {
+    fn client_state(&mut self, id: ClientId) -> Option<Arc<ClientState>> {
         let client = self.clients.get_mut(&id)?;
-        let connection = match &client.connection {
-            Some(c) => command::Connection::Present(std::sync::Arc::clone(c.keys()), client.path),
-            None => command::Connection::Absent,
+        let (connection, heard_from) = match &client.connection {
+            Some(c) => {
+                (command::Connection::Present(Arc::clone(c.keys()), client.path), Arc::clone(c.heard_from()))
+            }
+            None => (command::Connection::Absent, [].into()),
         };
         let resources = client.authorizations.resources();
-        Some(std::sync::Arc::new(ClientState { tunnel: client.tunnel, connection, resources }))
+        Some(Arc::new(ClientState { tunnel: client.tunnel, connection, heard_from, resources }))
     }
 }
 

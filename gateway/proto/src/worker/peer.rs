@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -32,9 +33,11 @@ pub struct Peer {
     pub policy: Policy,
     /// What `policy` was compiled from.
     resources: Arc<[Resource]>,
+    /// Where its checks came from, see [`ClientState::heard_from`].
+    pub heard_from: Arc<[SocketAddr]>,
     /// Its connection, if control has made one. About 12 KB, hence apart.
     pub link: Option<Box<Link>>,
-    /// Budget of initiations from the nominated direct path.
+    /// Budget of initiations from its direct path and from where its checks came from.
     pub handshakes: Bucket,
     /// When the wheel looks at it next; other entries are stale.
     pub due: Tick,
@@ -72,6 +75,7 @@ impl Peer {
             tunnel: state.tunnel,
             policy: Policy::new(&state.resources),
             resources: Arc::clone(&state.resources),
+            heard_from: Arc::clone(&state.heard_from),
             link: None,
             handshakes: Bucket::FULL,
             due: Tick::default(),
@@ -85,6 +89,7 @@ impl Peer {
     /// Becomes what control says. True if it has a new connection, whose timers are to run.
     pub fn apply(&mut self, state: &ClientState, gate: &Gate) -> bool {
         self.tunnel = state.tunnel;
+        self.heard_from = Arc::clone(&state.heard_from);
         if !Arc::ptr_eq(&self.resources, &state.resources) {
             self.policy.replace(&state.resources);
             self.resources = Arc::clone(&state.resources);

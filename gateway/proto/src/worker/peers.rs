@@ -49,7 +49,7 @@ pub struct Elsewhere {
     pub order: u64,
     /// What control wants it to be.
     pub state: Arc<ClientState>,
-    /// Budget of initiations that arrive here from the nominated direct path.
+    /// Budget of initiations that arrive here from its direct path and from where its checks came from.
     pub handshakes: Bucket,
 }
 
@@ -75,7 +75,14 @@ struct Keys {
     public_key: Option<[u8; 32]>,
     v4: Option<Ipv4Addr>,
     v6: Option<Ipv6Addr>,
-    remote: Option<SocketAddr>,
+    remotes: Remotes,
+}
+
+/// The addresses that ICE authenticated for a client.
+struct Remotes {
+    heard_from: Arc<[SocketAddr]>,
+    /// The far end of its direct nominated path, unless checks came from there.
+    path: Option<SocketAddr>,
 }
 
 impl Peers {
@@ -104,7 +111,7 @@ impl Peers {
         }
     }
 
-    /// By the far end of its direct nominated path.
+    /// By the far end of its direct nominated path, or where its checks came from.
     pub fn by_remote(&self, remote: SocketAddr) -> Option<Slot> {
         self.remotes.slots.get(&remote).copied()
     }
@@ -133,7 +140,7 @@ impl Peers {
         self.slots.get(slot.0 as usize)?.as_ref()
     }
 
-    /// The budget of initiations from the nominated direct path of the client at `slot`.
+    /// The budget of initiations from where ICE authenticated the client at `slot`, relays of ours aside.
     pub fn handshakes(&mut self, slot: Slot) -> Option<&mut Bucket> {
         Some(match self.slots.get_mut(slot.0 as usize)?.as_mut()? {
             Entry::Here(peer) => &mut peer.handshakes,
@@ -156,7 +163,7 @@ impl Peers {
         });
         let old = self.slots[slot.0 as usize].replace(entry);
         self.ids.insert(id, slot);
-        let before = old.as_ref().map_or(Keys::NONE, Keys::of);
+        let before = old.as_ref().map_or_else(Keys::none, Keys::of);
         self.relink(slot, &before, &keys);
         (slot, old)
     }
@@ -165,7 +172,7 @@ impl Peers {
     pub fn remove(&mut self, slot: Slot) -> Option<Entry> {
         let entry = self.slots.get_mut(slot.0 as usize)?.take()?;
         self.ids.remove(&entry.id());
-        self.relink(slot, &Keys::of(&entry), &Keys::NONE);
+        self.relink(slot, &Keys::of(&entry), &Keys::none());
         self.free.push(slot);
         Some(entry)
     }
@@ -187,11 +194,18 @@ impl Peers {
 
     fn relink(&mut self, slot: Slot, before: &Keys, after: &Keys) {
         let Self { slots, indices, public_keys, v4, v6, remotes, .. } = self;
-        relink(indices, slots, slot, before.index, after.index, |k| k.index);
-        relink(public_keys, slots, slot, before.public_key, after.public_key, |k| k.public_key);
-        relink(v4, slots, slot, before.v4, after.v4, |k| k.v4);
-        relink(v6, slots, slot, before.v6, after.v6, |k| k.v6);
-        relink(remotes, slots, slot, before.remote, after.remote, |k| k.remote);
+        relink(indices, slots, slot, before.index, after.index, |k, key| k.index == Some(key));
+        relink(public_keys, slots, slot, before.public_key, after.public_key, |k, key| {
+            k.public_key == Some(key)
+        });
+        relink(v4, slots, slot, before.v4, after.v4, |k, key| k.v4 == Some(key));
+        relink(v6, slots, slot, before.v6, after.v6, |k, key| k.v6 == Some(key));
+        for gone in before.remotes.iter().filter(|at| !after.remotes.contains(*at)) {
+            relink(remotes, slots, slot, Some(gone), None, |k, key| k.remotes.contains(key));
+        }
+        for new in after.remotes.iter().filter(|at| !before.remotes.contains(*at)) {
+            relink(remotes, slots, slot, None, Some(new), |k, key| k.remotes.contains(key));
+        }
     }
 }
 
@@ -202,7 +216,7 @@ fn relink<K: Copy + Eq + Hash>(
     slot: Slot,
     before: Option<K>,
     after: Option<K>,
-    key: impl Fn(&Keys) -> Option<K>,
+    claims: impl Fn(&Keys, K) -> bool,
 ) {
     if before == after {
         return;
@@ -211,8 +225,8 @@ fn relink<K: Copy + Eq + Hash>(
         map.remove(&before);
         let search = || {
             (0..).zip(slots).find_map(|(at, entry)| {
-                let claims = Slot(at) != slot && key(&Keys::of(entry.as_ref()?)) == Some(before);
-                claims.then_some(Slot(at))
+                let is_heir = Slot(at) != slot && claims(&Keys::of(entry.as_ref()?), before);
+                is_heir.then_some(Slot(at))
             })
         };
         let heir = contested.contains(&before).then(search).flatten();
@@ -229,28 +243,45 @@ fn relink<K: Copy + Eq + Hash>(
 }
 
 impl Keys {
-    const NONE: Self = Self { index: None, public_key: None, v4: None, v6: None, remote: None };
+    fn none() -> Self {
+        let remotes = Remotes { heard_from: [].into(), path: None };
+        Self { index: None, public_key: None, v4: None, v6: None, remotes }
+    }
 
     fn of(entry: &Entry) -> Self {
-        let (tunnel, index, public_key, path) = match entry {
+        let (tunnel, index, public_key, path, heard_from) = match entry {
             Entry::Here(peer) => {
                 let link = peer.link.as_deref();
                 let path = link.and_then(|l| l.path);
-                (peer.tunnel, link.map(|l| l.index), link.map(|l| l.public_key), path)
+                (peer.tunnel, link.map(|l| l.index), link.map(|l| l.public_key), path, &peer.heard_from)
             }
-            Entry::There(there) => match &there.state.connection {
-                Connection::Present(keys, path) => {
-                    (there.state.tunnel, Some(keys.index), Some(keys.public_key), *path)
+            Entry::There(there) => {
+                let ClientState { tunnel, connection, heard_from, .. } = &*there.state;
+                match connection {
+                    Connection::Present(keys, path) => {
+                        (*tunnel, Some(keys.index), Some(keys.public_key), *path, heard_from)
+                    }
+                    Connection::Absent => (*tunnel, None, None, None, heard_from),
                 }
-                Connection::Absent => (there.state.tunnel, None, None, None),
-            },
+            }
         };
         let TunnelAddrs { v4, v6 } = tunnel;
-        let remote = match path {
-            Some(Path::Direct { remote, .. }) => Some(remote),
-            Some(Path::Relayed { .. }) | None => None,
+        let path = match path {
+            Some(Path::Direct { remote, .. }) if !heard_from.contains(&remote) => Some(remote),
+            Some(_) | None => None,
         };
-        Self { index, public_key, v4: Some(v4), v6: Some(v6), remote }
+        let remotes = Remotes { heard_from: Arc::clone(heard_from), path };
+        Self { index, public_key, v4: Some(v4), v6: Some(v6), remotes }
+    }
+}
+
+impl Remotes {
+    fn iter(&self) -> impl Iterator<Item = SocketAddr> {
+        self.heard_from.iter().copied().chain(self.path)
+    }
+
+    fn contains(&self, at: SocketAddr) -> bool {
+        self.path == Some(at) || self.heard_from.contains(&at)
     }
 }
 

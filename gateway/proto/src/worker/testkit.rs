@@ -135,7 +135,12 @@ impl World {
     }
 
     pub fn tell_connection(&mut self, resources: &[Resource], connection: Connection) {
-        let state = ClientState { tunnel: self.client.tunnel, connection, resources: resources.into() };
+        self.tell_all(resources, connection, &[]);
+    }
+
+    pub fn tell_all(&mut self, resources: &[Resource], connection: Connection, heard_from: &[SocketAddr]) {
+        let (tunnel, resources) = (self.client.tunnel, resources.into());
+        let state = ClientState { tunnel, connection, heard_from: heard_from.into(), resources };
         self.command(Command::Client {
             id: self.client.id,
             home: crate::command::Home::at(WorkerId::FIRST),

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::{
-    command::{Path, StunDatagram, WorkerEvent},
+    command::{Command, Path, StunDatagram, WorkerEvent},
     portal::messages::IceCredentials,
 };
 
@@ -50,6 +50,36 @@ fn recorded_checks_get_the_recorded_answers() {
     // "marks the pair nominated even before our own check succeeded" (connections.md section 6.7).
     let local = "198.51.100.2:52625".parse().unwrap();
     assert_eq!(state_path(&mut world), Some(Path::Direct { local, remote: from }));
+}
+
+/// The client nominates, and sends its first initiation, as soon as it has the answer to its first check. The shell takes
+/// commands before datagrams.
+#[test]
+fn workers_know_where_a_check_came_from_when_its_answer_leaves() {
+    let mut world = settled();
+    world.authorize(1);
+    told_addresses(&mut world);
+    let from = |port| SocketAddr::from(([192, 0, 2, 2], port));
+    let check = unhex(DIRECT[0].0);
+    let mut forged = check.clone();
+    forged[70] ^= 1;
+    assert_eq!(answers_to(&mut world, &forged, from(1)).len(), 0);
+    assert_eq!(told_addresses(&mut world), None, "a forged check");
+    assert_eq!(answers_to(&mut world, &check, from(1)).len(), 1);
+    assert_eq!(told_addresses(&mut world), Some(vec![from(1)]));
+    assert_eq!(world.path(), None, "nothing is nominated");
+    assert_eq!(answers_to(&mut world, &check, from(1)).len(), 1);
+    assert_eq!(told_addresses(&mut world), None, "that is no news");
+    for port in 2..=40 {
+        answers_to(&mut world, &check, from(port));
+    }
+    let latest: Vec<_> = (25..=40).map(from).collect();
+    assert_eq!(told_addresses(&mut world), Some(latest), "a bounded number, the latest");
+    let mut again = world.client.authorize(1, None);
+    again.client_ice.password = Zeroizing::new("another".to_owned());
+    let now = world.now;
+    world.gateway.handle_ingress(Ingress::Authorize(Box::new(again)), now);
+    assert_eq!(told_addresses(&mut world), Some(vec![]), "a new connection has to prove them anew");
 }
 
 #[test]
@@ -248,6 +278,16 @@ fn random_lines_from_the_portal_never_panic() {
 }
 
 /// What the gateway sends back to `from` because of `payload`.
+/// What the workers hear of the client's addresses; `None` if they hear nothing of it.
+fn told_addresses(world: &mut World) -> Option<Vec<SocketAddr>> {
+    std::iter::from_fn(|| world.gateway.poll_command())
+        .filter_map(|command| match command {
+            Command::Client { desired: Some(state), .. } => Some(state.heard_from.to_vec()),
+            _ => None,
+        })
+        .last()
+}
+
 fn answers_to(world: &mut World, payload: &[u8], from: SocketAddr) -> Vec<Vec<u8>> {
     let local = "198.51.100.2:52625".parse().unwrap();
     let datagram =

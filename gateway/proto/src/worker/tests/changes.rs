@@ -137,6 +137,7 @@ fn a_key_claimed_by_three_falls_back_until_nobody_is_left() {
         let state = ClientState {
             tunnel: world.client.tunnel,
             connection: Connection::Absent,
+            heard_from: [].into(),
             resources: lan().into(),
         };
         let desired = claims.then(|| Arc::new(state));
@@ -174,7 +175,12 @@ fn thousands_of_clients_that_come_and_leave_at_once_stall_nobody() {
             v4: (0x6440_8000 + n).into(),
             v6: (0xfd00_2021_1111_u128 << 80 | u128::from(n)).into(),
         };
-        let state = ClientState { tunnel, connection: Connection::Absent, resources: Arc::clone(&resources) };
+        let state = ClientState {
+            tunnel,
+            connection: Connection::Absent,
+            heard_from: [].into(),
+            resources: Arc::clone(&resources),
+        };
         world.command(Command::Client {
             id: id(n),
             home: crate::command::Home::at(crate::WorkerId::FIRST),

@@ -272,7 +272,12 @@ pub fn from_to(from: usize, to: usize, order: u64) -> Home {
 }
 
 pub fn client_state(client: &Client, connection: Connection) -> Arc<ClientState> {
-    Arc::new(ClientState { tunnel: client.tunnel, connection, resources: lan().into() })
+    Arc::new(ClientState {
+        tunnel: client.tunnel,
+        connection,
+        heard_from: [].into(),
+        resources: lan().into(),
+    })
 }
 
 pub fn client_command(client: &Client, home: Home, path: Path) -> Command {

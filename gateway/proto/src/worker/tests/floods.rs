@@ -25,6 +25,43 @@ fn a_flood_from_anywhere_does_not_touch_a_known_path() {
 }
 
 #[test]
+fn a_newcomers_first_initiation_passes_from_wherever_its_checks_came() {
+    let elsewhere = "192.0.2.77:1";
+    // where its checks came from -> does its first initiation pass, before any pair is nominated?
+    let table: [(&str, &[&str], bool); 4] = [
+        ("nowhere yet", &[], false),
+        ("elsewhere", &[elsewhere], false),
+        ("here", &[REMOTE], true),
+        ("here and elsewhere", &[REMOTE, elsewhere], true),
+    ];
+    for (name, heard_from, passes) in table {
+        let mut world = World::with(&lan(), None, false);
+        let heard_from: Vec<_> = heard_from.iter().map(|at| addr(at)).collect();
+        let connection = Connection::Present(world.client.keys(), None);
+        world.tell_all(&lan(), connection.clone(), &heard_from);
+        let flood = spoofed();
+        for n in 0..300_u16 {
+            world.datagram(&format!("192.0.2.{}:{}", n % 50, 1000 + n), &flood);
+        }
+        world.sink.datagrams.clear();
+        let initiation = world.client.initiate();
+        world.client_sends(&initiation);
+        assert_eq!(world.worker.traffic().handshakes, u64::from(passes), "{name}");
+        if passes {
+            assert_eq!(world.client_gets(), None, "{name}: the response waits for a path");
+            let nominated = Connection::Present(world.client.keys(), Some(direct()));
+            world.tell_all(&lan(), nominated, &heard_from);
+            assert_eq!(world.client_gets().expect("the response").len(), 92, "{name}");
+            // Checks do not widen the budget for ever.
+            world.tell_all(&lan(), Connection::Absent, &[]);
+            world.client_sends(&flood);
+            assert_eq!(world.client_gets().expect("a cookie").len(), 64, "{name}: it is a stranger again");
+        }
+        world.check_accounts();
+    }
+}
+
+#[test]
 fn over_budget_a_cookie_lets_an_honest_client_in() {
     for relayed in [false, true] {
         // The client comes from where nobody knows it: no path yet, or a channel whose budget is spent.
