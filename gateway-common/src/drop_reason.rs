@@ -48,6 +48,8 @@ drop_reasons! {
     HandshakeForged => "handshake_forged",
     /// More handshakes than the budget allows.
     HandshakeBudget => "handshake_budget",
+    /// The same, and more than the budget of cookies allows to answer: MAC1 was perhaps not even looked at.
+    CookieBudget => "cookie_budget",
     /// An initiation or a response that repeats an earlier one.
     HandshakeReplayed => "handshake_replayed",
     /// A handshake message WireGuard refused for another reason.

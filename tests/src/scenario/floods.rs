@@ -74,7 +74,8 @@ pub(super) fn forged(cx: &mut Context) -> Result<()> {
 /// from (MAC2).
 pub(super) fn forged_with_cookies(cx: &mut Context) -> Result<()> {
     flood(cx, &|gateway, sources| {
-        let pressure = (0..200).map(|_| initiation(&mut stranger(gateway))).collect::<Result<Vec<_>>>()?;
+        let pressure =
+            (0..PRESSURE).map(|_| initiation(&mut stranger(gateway))).collect::<Result<Vec<_>>>()?;
         sources.iter().map(|socket| proven(gateway, socket, &pressure)).collect()
     })
 }
@@ -99,17 +100,24 @@ fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
     }
 }
 
+/// Initiations that exceed every worker's share of what strangers may open.
+const PRESSURE: usize = 200;
+
 /// Initiations with the MAC2 that this socket's address earns. Only beyond the budget of strangers is the answer a cookie,
-/// and each worker has a share of it: the pressure takes the same way.
+/// and each worker has a share of it: the pressure takes the same way. All of it is needed once; more would use up the cookies
+/// that it is about.
 fn proven(gateway: PublicKey, socket: &UdpSocket, pressure: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
     /// A cookie is sealed for one sender's initiation, so each key needs its own.
     const KEYS: usize = 4;
-    let mut datagrams = Vec::new();
+    /// Of the pressure, as much as keeps the budget empty from one attempt to the next.
+    const TOP_UP: usize = 20;
+    let (mut datagrams, mut pressure) = (Vec::new(), pressure.iter().cycle());
+    let mut wanted = PRESSURE;
     let deadline = Instant::now() + 5 * SECOND;
     while datagrams.len() < KEYS {
         ensure!(Instant::now() < deadline, "the gateway sent no cookie");
         let mut attacker = stranger(gateway);
-        for datagram in pressure {
+        for datagram in pressure.by_ref().take(std::mem::replace(&mut wanted, TOP_UP)) {
             socket.send(datagram)?;
         }
         socket.send(&initiation(&mut attacker)?)?;

@@ -25,15 +25,25 @@ impl Bucket {
 
     /// Takes one token if there is one.
     pub fn take(&mut self, rate: Rate, now: Instant) -> bool {
-        let token = Duration::from_secs(1) / rate.per_second;
-        let full = now.checked_sub(token * rate.burst).unwrap_or(now);
-        let empty_at = self.empty_at.map_or(full, |at| at.max(full));
-        let after = empty_at + token;
+        let after = self.after_one(rate, now);
         if after > now {
             return false;
         }
         self.empty_at = Some(after);
         true
+    }
+
+    /// Is there a token?
+    pub fn has(&self, rate: Rate, now: Instant) -> bool {
+        self.after_one(rate, now) <= now
+    }
+
+    /// `empty_at` with one token less.
+    fn after_one(&self, rate: Rate, now: Instant) -> Instant {
+        let token = Duration::from_secs(1) / rate.per_second;
+        let full = now.checked_sub(token * rate.burst).unwrap_or(now);
+        let empty_at = self.empty_at.map_or(full, |at| at.max(full));
+        empty_at + token
     }
 }
 
@@ -47,7 +57,15 @@ mod tests {
         #[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
         let start = Instant::now() + Duration::from_secs(3600);
         let mut bucket = Bucket::FULL;
-        let took = |bucket: &mut Bucket, at| (0..100).filter(|_| bucket.take(rate, at)).count();
+        let took = |bucket: &mut Bucket, at| {
+            let mut took = 0;
+            while bucket.has(rate, at) {
+                assert!(bucket.take(rate, at), "what is there can be taken");
+                took += 1;
+            }
+            assert!(!bucket.take(rate, at), "what is not there cannot");
+            took
+        };
         assert_eq!(took(&mut bucket, start), 5);
         assert_eq!(took(&mut bucket, start + Duration::from_millis(99)), 0);
         assert_eq!(took(&mut bucket, start + Duration::from_millis(100)), 1);

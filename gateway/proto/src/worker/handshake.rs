@@ -1,9 +1,10 @@
 //! The gate in front of every initiation: MAC1, budget, then the first half of the handshake, cheapest first
 //! (design.md sections 1 and 2.1). Knows our key and budgets; which client it is, and its session, come after.
 //!
-//! Opening an initiation costs about 70 us, MAC1 and a cookie reply a few. An initiation that exceeds its budget is
-//! answered with a cookie; one that carries a cookie proves its address and has a budget of that address, so that a
-//! flood from spoofed sources delays honest clients by one round trip and locks nobody out.
+//! Opening an initiation costs about 70 us, MAC1 one, a cookie reply with its datagram several. An initiation that exceeds
+//! its budget is answered with a cookie; one that carries a cookie proves its address and has a budget of that address.
+//! Cookies have a budget, too, and what could have no answer whatever it is costs no hash: a flood is looked at, no more.
+//! Clients do not need the cookies then: where their checks came from they have a budget of their own.
 
 use std::{
     hash::{Hash, Hasher},
@@ -23,12 +24,18 @@ use super::bucket::{Bucket, Rate};
 const KNOWN_PATH: Rate = Rate { per_second: 2, burst: 10 };
 /// Initiations from anywhere else, each second and at once, all together (connections.md section 10.6).
 const ANYWHERE: u32 = 100;
+/// Cookie replies to strangers, each second and at once, all together: 1 % of a core at most.
+const COOKIES: u32 = 1000;
+/// The same at once.
+const COOKIES_AT_ONCE: u32 = 200;
 /// Initiations that prove their source address by a cookie, per address; a NAT may hide many clients.
 const PROVEN: Rate = Rate { per_second: 20, burst: 40 };
 /// Addresses share a bucket by hash: bounded memory, and who shares is not for the sender to choose.
 const PROVEN_BUCKETS: usize = 256;
 /// A cookie reply's size.
 pub const COOKIE_REPLY: usize = 64;
+/// Where MAC2 is in an initiation: the last of its 148 bytes, zero for whoever has no cookie.
+const MAC2: std::ops::Range<usize> = 132..148;
 
 /// Our identity and the budgets.
 pub struct Gate {
@@ -41,8 +48,23 @@ pub struct Gate {
     anywhere: Bucket,
     /// This worker's share of [`ANYWHERE`].
     anywhere_rate: Rate,
+    cookies: Cookies,
     proven: Box<[Bucket; PROVEN_BUCKETS]>,
     seed: u64,
+}
+
+/// Budgets of cookie replies. Those for paths that ICE authenticated are apart, so that strangers cannot use them up.
+struct Cookies {
+    known: Bucket,
+    anywhere: Bucket,
+    /// This worker's share of [`COOKIES`].
+    rate: Rate,
+}
+
+impl Cookies {
+    fn of(&mut self, is_known: bool) -> &mut Bucket {
+        if is_known { &mut self.known } else { &mut self.anywhere }
+    }
 }
 
 /// The gate's answer.
@@ -58,12 +80,17 @@ impl Gate {
     /// A gate with full budgets, one of `gates` that share those which are for everybody.
     pub fn new(private: StaticSecret, seed: u64, gates: usize) -> Self {
         let public = PublicKey::from(&private);
-        let share = ANYWHERE.div_ceil(u32::try_from(gates).unwrap_or(ANYWHERE).max(1));
+        let share = |of: u32| of.div_ceil(u32::try_from(gates).unwrap_or(of).max(1));
         Self {
             unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
             strict: RateLimiter::new(&public, 0),
             anywhere: Bucket::FULL,
-            anywhere_rate: Rate { per_second: share, burst: share },
+            anywhere_rate: Rate { per_second: share(ANYWHERE), burst: share(ANYWHERE) },
+            cookies: Cookies {
+                known: Bucket::FULL,
+                anywhere: Bucket::FULL,
+                rate: Rate { per_second: share(COOKIES), burst: share(COOKIES_AT_ONCE) },
+            },
             proven: Box::new([Bucket::FULL; PROVEN_BUCKETS]),
             private,
             public,
@@ -90,6 +117,10 @@ impl Gate {
         reply: &mut [u8; COOKIE_REPLY],
         now: Instant,
     ) -> Result<Admission, DropReason> {
+        let is_known = known.is_some();
+        if !is_known && self.is_hopeless(message, from, now) {
+            return Err(DropReason::CookieBudget);
+        }
         let initiation = match self.unlimited.verify_packet(None, message, &mut []) {
             Ok(Packet::HandshakeInit(initiation)) => initiation,
             Ok(_) => return Err(DropReason::MalformedWireGuard),
@@ -100,15 +131,31 @@ impl Gate {
             None => self.anywhere.take(self.anywhere_rate, now),
         };
         if !within {
-            match self.strict.verify_packet(Some(from), message, reply) {
+            let rate = self.cookies.rate;
+            // Without room for a reply none is made.
+            let room = if self.cookies.of(is_known).has(rate, now) { COOKIE_REPLY } else { 0 };
+            match self.strict.verify_packet(Some(from), message, &mut reply[..room]) {
                 Ok(_) if self.proven_bucket(from).take(PROVEN, now) => {}
-                Err(TunnResult::WriteToNetwork(_)) => return Ok(Admission::Cookie),
-                _ => return Err(DropReason::HandshakeBudget),
+                Ok(_) => return Err(DropReason::HandshakeBudget),
+                Err(TunnResult::WriteToNetwork(_)) if self.cookies.of(is_known).take(rate, now) => {
+                    return Ok(Admission::Cookie);
+                }
+                Err(_) => return Err(DropReason::CookieBudget),
             }
         }
         let half = parse_handshake_anon(&self.private, &self.public, &initiation)
             .map_err(|_| DropReason::HandshakeForged)?;
         Ok(Admission::Admitted(half.peer_static_public))
+    }
+
+    /// Would a stranger's initiation be neither opened nor answered, whatever it is? Most of a flood is known by this.
+    fn is_hopeless(&mut self, message: &[u8], from: IpAddr, now: Instant) -> bool {
+        let Self { anywhere, anywhere_rate, cookies: Cookies { anywhere: cookies, rate, .. }, .. } = self;
+        if anywhere.has(*anywhere_rate, now) || cookies.has(*rate, now) {
+            return false;
+        }
+        let has_mac2 = message.get(MAC2).is_some_and(|mac2| mac2 != [0; 16]);
+        !has_mac2 || !self.proven_bucket(from).has(PROVEN, now)
     }
 
     fn proven_bucket(&mut self, from: IpAddr) -> &mut Bucket {
