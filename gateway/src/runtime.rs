@@ -166,7 +166,8 @@ impl Runtime {
         }
     }
 
-    /// Moves out what control decided, in the order its crate documents.
+    /// Moves out what control decided, in the order its crate documents: a client that acts on an answer must find the
+    /// workers knowing what control knew when it gave it.
     fn drain(&mut self) {
         while let Some(command) = self.control.poll_command() {
             self.data.send(command);

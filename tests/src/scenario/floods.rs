@@ -100,24 +100,21 @@ fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
     }
 }
 
-/// Initiations that exceed every worker's share of what strangers may open.
-const PRESSURE: usize = 200;
+/// Initiations that leave nothing of what strangers may open, after a few attempts; more at once would use up the cookies that
+/// they are about.
+const PRESSURE: usize = 20;
 
 /// Initiations with the MAC2 that this socket's address earns. Only beyond the budget of strangers is the answer a cookie,
-/// and each worker has a share of it: the pressure takes the same way. All of it is needed once; more would use up the cookies
-/// that it is about.
+/// and each worker has a share of it: the pressure takes the same way.
 fn proven(gateway: PublicKey, socket: &UdpSocket, pressure: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
     /// A cookie is sealed for one sender's initiation, so each key needs its own.
     const KEYS: usize = 4;
-    /// Of the pressure, as much as keeps the budget empty from one attempt to the next.
-    const TOP_UP: usize = 20;
-    let (mut datagrams, mut pressure) = (Vec::new(), pressure.iter().cycle());
-    let mut wanted = PRESSURE;
+    let mut datagrams = Vec::new();
     let deadline = Instant::now() + 5 * SECOND;
     while datagrams.len() < KEYS {
         ensure!(Instant::now() < deadline, "the gateway sent no cookie");
         let mut attacker = stranger(gateway);
-        for datagram in pressure.by_ref().take(std::mem::replace(&mut wanted, TOP_UP)) {
+        for datagram in pressure {
             socket.send(datagram)?;
         }
         socket.send(&initiation(&mut attacker)?)?;
