@@ -32,6 +32,10 @@ const COOKIES_AT_ONCE: u32 = 200;
 const PROVEN: Rate = Rate { per_second: 20, burst: 40 };
 /// Addresses share a bucket by hash: bounded memory, and who shares is not for the sender to choose.
 const PROVEN_BUCKETS: usize = 256;
+/// The same, each second, of all addresses together: 4 % of a core. Whoever owns many gets no more.
+const ALL_PROVEN: u32 = 500;
+/// The same at once: 7 ms.
+const ALL_PROVEN_AT_ONCE: u32 = 100;
 /// A cookie reply's size.
 pub const COOKIE_REPLY: usize = 64;
 /// Where MAC2 is in an initiation: the last of its 148 bytes, zero for whoever has no cookie.
@@ -50,6 +54,9 @@ pub struct Gate {
     anywhere_rate: Rate,
     cookies: Cookies,
     proven: Box<[Bucket; PROVEN_BUCKETS]>,
+    all_proven: Bucket,
+    /// This worker's share of [`ALL_PROVEN`].
+    all_proven_rate: Rate,
     seed: u64,
 }
 
@@ -92,6 +99,8 @@ impl Gate {
                 rate: Rate { per_second: share(COOKIES), burst: share(COOKIES_AT_ONCE) },
             },
             proven: Box::new([Bucket::FULL; PROVEN_BUCKETS]),
+            all_proven: Bucket::FULL,
+            all_proven_rate: Rate { per_second: share(ALL_PROVEN), burst: share(ALL_PROVEN_AT_ONCE) },
             private,
             public,
             seed,
@@ -118,7 +127,11 @@ impl Gate {
         now: Instant,
     ) -> Result<Admission, DropReason> {
         let is_known = known.is_some();
-        if !is_known && self.is_hopeless(message, from, now) {
+        let has_budget = match &known {
+            Some(bucket) => bucket.has(KNOWN_PATH, now),
+            None => self.anywhere.has(self.anywhere_rate, now),
+        };
+        if !has_budget && self.is_hopeless(message, from, is_known, now) {
             return Err(DropReason::CookieBudget);
         }
         let initiation = match self.unlimited.verify_packet(None, message, &mut []) {
@@ -135,7 +148,7 @@ impl Gate {
             // Without room for a reply none is made.
             let room = if self.cookies.of(is_known).has(rate, now) { COOKIE_REPLY } else { 0 };
             match self.strict.verify_packet(Some(from), message, &mut reply[..room]) {
-                Ok(_) if self.proven_bucket(from).take(PROVEN, now) => {}
+                Ok(_) if self.take_proven(from, now) => {}
                 Ok(_) => return Err(DropReason::HandshakeBudget),
                 Err(TunnResult::WriteToNetwork(_)) if self.cookies.of(is_known).take(rate, now) => {
                     return Ok(Admission::Cookie);
@@ -148,14 +161,25 @@ impl Gate {
         Ok(Admission::Admitted(half.peer_static_public))
     }
 
-    /// Would a stranger's initiation be neither opened nor answered, whatever it is? Most of a flood is known by this.
-    fn is_hopeless(&mut self, message: &[u8], from: IpAddr, now: Instant) -> bool {
-        let Self { anywhere, anywhere_rate, cookies: Cookies { anywhere: cookies, rate, .. }, .. } = self;
-        if anywhere.has(*anywhere_rate, now) || cookies.has(*rate, now) {
+    /// Would an initiation over its budget be neither opened nor answered, whatever it is? Most of a flood is known by this.
+    fn is_hopeless(&mut self, message: &[u8], from: IpAddr, is_known: bool, now: Instant) -> bool {
+        let rate = self.cookies.rate;
+        if self.cookies.of(is_known).has(rate, now) {
             return false;
         }
         let has_mac2 = message.get(MAC2).is_some_and(|mac2| mac2 != [0; 16]);
-        !has_mac2 || !self.proven_bucket(from).has(PROVEN, now)
+        !has_mac2 || !self.has_proven(from, now)
+    }
+
+    fn has_proven(&mut self, from: IpAddr, now: Instant) -> bool {
+        self.all_proven.has(self.all_proven_rate, now) && self.proven_bucket(from).has(PROVEN, now)
+    }
+
+    fn take_proven(&mut self, from: IpAddr, now: Instant) -> bool {
+        // An address that has used up its own budget takes nothing of what is for all.
+        self.has_proven(from, now)
+            && self.proven_bucket(from).take(PROVEN, now)
+            && self.all_proven.take(self.all_proven_rate, now)
     }
 
     fn proven_bucket(&mut self, from: IpAddr) -> &mut Bucket {

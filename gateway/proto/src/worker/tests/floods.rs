@@ -137,6 +137,34 @@ fn the_budget_of_cookies_fills_again_and_whoever_has_one_needs_no_other() {
 }
 
 #[test]
+fn whoever_owns_many_addresses_has_no_more_than_all_that_prove_theirs() {
+    let mut world = World::with(&lan(), None, false);
+    let gateway = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from([7; 32]));
+    let flood = spoofed();
+    for _ in 0..100 {
+        world.datagram("192.0.2.250:1", &flood);
+    }
+    let opened = |world: &World| world.count(DropReason::UnknownPublicKey) - 100;
+    for last in 1..=20_u8 {
+        let from = format!("192.0.2.{last}:9");
+        let mut attacker = Client::new(last + 50, &gateway);
+        let initiation = attacker.initiate();
+        world.datagram(&from, &initiation);
+        let (_, cookie) = world.sink.datagrams.remove(0);
+        assert_eq!(attacker.answer(&cookie), None);
+        let before = opened(&world);
+        for _ in 0..60 {
+            let proven = attacker.initiate();
+            world.datagram(&from, &proven);
+        }
+        assert!(opened(&world) - before <= 40, "one address");
+        world.sink.datagrams.clear();
+    }
+    assert_eq!(opened(&world), 100, "all together");
+    world.check_accounts();
+}
+
+#[test]
 fn mac1_costs_an_attacker_no_budget_of_others() {
     let mut world = World::with(&lan(), None, false);
     let mut flood = spoofed();
