@@ -25,6 +25,7 @@ use super::{
     channels::{self, Channels, Wanted},
     codec::{self, Credentials, RefreshForm, Request, family},
     event::{LocalCandidate, RelayEvent, Use},
+    pace::{Pace, Rank},
     requests::{Due, Key, LADDER, PROBE, Pending, Requests, Sent},
     rtt::Rtt,
 };
@@ -86,6 +87,7 @@ pub(super) struct Allocation {
     refresh_form: RefreshForm,
     requests: Requests,
     channels: Channels,
+    pace: Pace,
     buffered: VecDeque<(SocketAddr, Use)>,
     rtt: Rtt,
     /// 437 answers since the first one of the last [`RETRY`].
@@ -148,6 +150,7 @@ impl Allocation {
             refresh_form: RefreshForm::default(),
             requests: Requests::default(),
             channels: Channels::default(),
+            pace: Pace::default(),
             buffered: VecDeque::new(),
             rtt: Rtt::default(),
             mismatches: (0, None),
@@ -277,14 +280,18 @@ impl Allocation {
         if !codec::usable(&peer) || self.is_suspended() {
             return;
         }
-        let State::Allocated { active, granted } = &self.state else { return self.buffer(peer, why) };
+        let State::Allocated { granted, .. } = &self.state else { return self.buffer(peer, why) };
         if granted.relayed[family(peer)].is_none() {
             return;
         }
-        let server = active.server;
         match self.channels.want(peer, why, now) {
-            Wanted::Nothing => {}
-            Wanted::Bind(number) => self.request_bind(number, server, now, out),
+            // Its bind may wait, for less than this.
+            Wanted::Nothing => {
+                if let Some(number) = self.channels.number(peer) {
+                    self.pace.raise(number, why.into());
+                }
+            }
+            Wanted::Bind(number) => self.request_bind(number, now, out),
             Wanted::Exhausted => {
                 out.counters.count(DropReason::ChannelsExhausted);
                 if why == Use::Nominated && self.buffered.iter().all(|(waiting, _)| *waiting != peer) {
@@ -298,6 +305,11 @@ impl Allocation {
     pub(super) fn release(&mut self, peer: SocketAddr) {
         self.buffered.retain(|(waiting, _)| *waiting != peer);
         self.channels.release(peer);
+        if let Some(number) = self.channels.number(peer)
+            && self.pace.remove(number)
+        {
+            self.channels.withdraw(number);
+        }
     }
 
     /// The channel that `peer`'s data may be sent on now.
@@ -315,8 +327,7 @@ impl Allocation {
         now: Instant,
         out: &mut Out,
     ) {
-        let State::Allocated { active, granted } = &mut self.state else { return };
-        let server = active.server;
+        let State::Allocated { granted, .. } = &mut self.state else { return };
         if received {
             granted.proven = granted.proven.max(now.checked_sub(REPORT_AGE).unwrap_or(granted.proven));
         }
@@ -325,18 +336,24 @@ impl Allocation {
             granted.keep_alive_at = granted.keep_alive_at.max(granted.proven + KEEP_ALIVE);
         }
         if let Wanted::Bind(number) = self.channels.on_used(number, received, now) {
-            self.request_bind(number, server, now, out);
+            self.request_bind(number, now, out);
         }
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant, out: &mut Out) {
         while let Some(due) = self.requests.pop_due(now) {
             match due {
-                Due::Repeat(key) => self.transmit(key, now, out),
+                Due::Repeat(key) => {
+                    if self.requests.get_mut(key).is_some_and(|p| p.is_bind() && p.is_repeated()) {
+                        self.pace.on_lost(now);
+                    }
+                    self.transmit(key, now, out);
+                }
                 Due::Failed(pending) => self.on_unanswered(&pending, now, out),
             }
         }
         self.on_channel_deadlines(now, out);
+        self.send_binds(now, out);
         match &mut self.state {
             State::Allocated { active, granted } => {
                 let server = active.server;
@@ -382,6 +399,11 @@ impl Allocation {
     /// Withdraws what the allocation gave, forgets channels and requests (connections.md section 8.4, 437).
     pub(super) fn invalidate(&mut self, out: &mut Out) {
         self.requests.clear();
+        for number in self.pace.clear() {
+            if let Some((peer, why)) = self.channels.peer(number) {
+                self.buffer(peer, why);
+            }
+        }
         let open = self.channels.clear();
         let State::Allocated { active, granted } = &self.state else { return };
         let (active, relayed) = (*active, granted.relayed);
@@ -462,7 +484,7 @@ impl Allocation {
         let mut freed = false;
         while let Some(due) = self.channels.pop_due(now) {
             match due {
-                channels::Due::Refresh(number) => self.request_bind(number, server, now, out),
+                channels::Due::Refresh(number) => self.request_bind(number, now, out),
                 channels::Due::Gone(number, peer) => {
                     out.events.push_back(RelayEvent::ChannelGone { relay, server, number, peer });
                 }
@@ -496,9 +518,22 @@ impl Allocation {
         self.buffered.push_back((peer, why));
     }
 
-    fn request_bind(&mut self, number: u16, server: SocketAddr, now: Instant, out: &mut Out) {
-        if let Some((peer, _)) = self.channels.peer(number) {
-            self.request(Request::Bind { number, peer }, server, LADDER, now, out);
+    fn request_bind(&mut self, number: u16, now: Instant, out: &mut Out) {
+        if let Some((_, why)) = self.channels.peer(number) {
+            let rank = if self.channels.is_bound(number) { Rank::Refresh } else { why.into() };
+            self.pace.push(number, rank);
+            self.send_binds(now, out);
+        }
+    }
+
+    /// As many of the waiting binds as the relay can be asked for. Their time counts from here.
+    fn send_binds(&mut self, now: Instant, out: &mut Out) {
+        let State::Allocated { active, .. } = &self.state else { return };
+        let server = active.server;
+        while let Some(number) = self.pace.pop(self.requests.binds()) {
+            if let Some((peer, _)) = self.channels.peer(number) {
+                self.request(Request::Bind { number, peer }, server, LADDER, now, out);
+            }
         }
     }
 

@@ -171,8 +171,9 @@ impl Channels {
     /// The number `peer`'s data may be sent on: its first bind is in flight, or it was confirmed less than 600 s ago.
     pub(super) fn sendable(&self, peer: SocketAddr, now: Instant) -> Option<u16> {
         let number = *self.by_peer.get(&peer)?;
-        match self.by_number.get(&number)?.state {
-            State::Binding => Some(number),
+        let channel = self.by_number.get(&number)?;
+        match channel.state {
+            State::Binding => channel.open.then_some(number),
             State::Bound { since, .. } => (now < since + LIFETIME).then_some(number),
             State::Lapsed | State::Rebinding | State::Refused { .. } => None,
         }
@@ -255,6 +256,33 @@ impl Channels {
             }
             _ => Wanted::Nothing,
         }
+    }
+
+    /// The bind that was asked for `number` is not sent, because nobody wants it any more. A number that was never asked
+    /// for is free at once.
+    pub(super) fn withdraw(&mut self, number: u16) {
+        let Some(channel) = self.by_number.get_mut(&number) else { return };
+        let free_at = match &mut channel.state {
+            State::Bound { refreshing, .. } => {
+                *refreshing = false;
+                return;
+            }
+            State::Binding => channel.touched,
+            State::Rebinding => channel.touched + REUSE,
+            State::Lapsed | State::Refused { .. } => return,
+        };
+        channel.state = State::Lapsed;
+        self.set_due(number, Some(free_at));
+    }
+
+    /// The number that `peer` has, whatever became of it.
+    pub(super) fn number(&self, peer: SocketAddr) -> Option<u16> {
+        self.by_peer.get(&peer).copied()
+    }
+
+    /// Is a bind of `number` a refresh?
+    pub(super) fn is_bound(&self, number: u16) -> bool {
+        self.by_number.get(&number).is_some_and(|channel| matches!(channel.state, State::Bound { .. }))
     }
 
     /// The peer of `number` and why it is wanted.
@@ -376,8 +404,10 @@ mod tests {
         let mut channels = Channels::default();
         assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
         assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Nothing);
+        assert_eq!(channels.sendable(peer(1), t), None, "the bind waits for its turn");
+        assert_eq!(channels.on_bind_sent(0x4000, t), Some(peer(1)));
         assert_eq!(channels.sendable(peer(1), t), Some(0x4000));
-        assert_eq!(channels.on_bound(0x4000, t), Some((peer(1), true)));
+        assert_eq!(channels.on_bound(0x4000, t), Some((peer(1), false)));
         assert_eq!(channels.sendable(peer(1), t + secs(599)), Some(0x4000));
         assert_eq!(channels.sendable(peer(1), t + secs(600)), None);
         assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(0x4000, peer(1))));
@@ -385,6 +415,30 @@ mod tests {
         assert_eq!(channels.sendable(peer(1), t + secs(700)), None, "a lapsed number waits for the success");
         assert_eq!(channels.on_bound(0x4000, t + secs(701)), Some((peer(1), true)));
         assert_eq!(channels.sendable(peer(1), t + secs(701)), Some(0x4000));
+    }
+
+    #[test]
+    fn a_bind_that_is_withdrawn_leaves_what_was_before_it() {
+        let t = start();
+        let mut channels = Channels::default();
+        assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
+        channels.withdraw(0x4000);
+        assert_eq!(channels.pop_due(t), Some(Due::Free), "nobody ever asked the server for it");
+        let number = bound(&mut channels, 2, Use::Nominated, t);
+        assert_eq!(channels.pop_due(t + secs(240)), Some(Due::Refresh(number)));
+        channels.withdraw(number);
+        assert_eq!(channels.sendable(peer(2), t + secs(241)), Some(number));
+        assert_eq!(
+            channels.on_used(number, true, t + secs(241)),
+            Wanted::Bind(number),
+            "it can be wanted again"
+        );
+        channels.withdraw(number);
+        assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(number, peer(2))));
+        assert_eq!(channels.want(peer(2), Use::Checked, t + secs(600)), Wanted::Bind(number));
+        channels.withdraw(number);
+        assert_eq!(channels.pop_due(t + secs(1140)), None);
+        assert_eq!(channels.pop_due(t + secs(1141)), Some(Due::Free), "900 s after its last data");
     }
 
     #[test]
@@ -475,6 +529,7 @@ mod tests {
         assert_eq!(channels.sendable(peer(1), t), None);
         assert_eq!(channels.want(peer(1), Use::Checked, t + secs(29)), Wanted::Nothing);
         assert_eq!(channels.want(peer(1), Use::Checked, t + secs(30)), Wanted::Bind(0x4001));
+        channels.on_bind_sent(0x4001, t + secs(30));
         assert_eq!(channels.pop_due(t + secs(899)), None);
         assert_eq!(channels.pop_due(t + secs(900)), Some(Due::Free));
         assert_eq!(

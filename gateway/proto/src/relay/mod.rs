@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `allocation`, `allocation/answers` | the state machine of one relay; what an answer does to it |
 //! | `channels` | numbers, lifetimes, who goes without |
+//! | `pace` | how many binds at once, and whose is next |
 //! | `requests` | what is in flight and when it is repeated |
 //! | `codec` | bytes |
 //! | `rtt` | which relay is fast enough |
@@ -35,9 +36,12 @@ mod allocation;
 mod channels;
 mod codec;
 mod event;
+mod pace;
 mod requests;
 mod rtt;
 
+#[cfg(test)]
+mod channel_rules;
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]

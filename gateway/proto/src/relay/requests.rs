@@ -56,6 +56,15 @@ pub(super) struct Sent {
 }
 
 impl Pending {
+    pub(super) fn is_bind(&self) -> bool {
+        matches!(self.request, Request::Bind { .. })
+    }
+
+    /// It was sent before.
+    pub(super) fn is_repeated(&self) -> bool {
+        self.sent > 0
+    }
+
     /// The first transmission's id: a BINDING is repeated unchanged.
     pub(super) fn first_id(&self) -> Option<TransactionId> {
         self.copies.first().map(|copy| copy.id)
@@ -79,6 +88,8 @@ pub(super) struct Requests {
     pending: FxHashMap<Key, Pending>,
     ids: FxHashMap<TransactionId, Key>,
     due: BTreeSet<(Instant, Key)>,
+    /// How many of them are binds.
+    binds: usize,
     next: u64,
 }
 
@@ -105,6 +116,7 @@ impl Requests {
             due: now,
             copies: Vec::new(),
         };
+        self.binds += usize::from(pending.is_bind());
         self.pending.insert(key, pending);
         self.due.insert((now, key));
         key
@@ -155,6 +167,7 @@ impl Requests {
 
     pub(super) fn remove(&mut self, key: Key) -> Option<Pending> {
         let pending = self.pending.remove(&key)?;
+        self.binds -= usize::from(pending.is_bind());
         self.due.remove(&(pending.due, key));
         for copy in &pending.copies {
             self.ids.remove(&copy.id);
@@ -166,6 +179,12 @@ impl Requests {
         self.pending.clear();
         self.ids.clear();
         self.due.clear();
+        self.binds = 0;
+    }
+
+    /// Binds that have no answer yet.
+    pub(super) fn binds(&self) -> usize {
+        self.binds
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -239,5 +258,12 @@ mod tests {
         assert!(requests.find(1.into()).is_none() && requests.find(2.into()).is_some());
         requests.remove(key);
         assert!(requests.find(2.into()).is_none() && requests.poll_timeout().is_none());
+        let bind = Request::Bind { number: 0x4000, peer: "192.0.2.2:4000".parse().unwrap() };
+        let keys = [(); 3].map(|()| requests.start(bind, "192.0.2.1:3478".parse().unwrap(), LADDER, start));
+        requests.remove(keys[0]);
+        requests.remove(keys[0]);
+        assert_eq!(requests.binds(), 2);
+        requests.clear();
+        assert_eq!(requests.binds(), 0);
     }
 }

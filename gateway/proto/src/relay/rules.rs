@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use gateway_common::DropReason;
 use stun_types::message::{Message, MessageClass, MessageType, MessageWrite, MessageWriteVec};
 
 use super::{
@@ -115,40 +114,6 @@ fn an_authenticated_request_is_repeated_with_new_ids() {
     assert_eq!(ids.len(), 4);
     world.run(secs(1));
     assert!(world.events.contains(&RelayEvent::Gone(id(0))));
-}
-
-/// A crowd's binds overrun a relay's receive buffer: four lost packets of one bind say nothing about the relay.
-#[test]
-fn an_unanswered_bind_costs_its_channel_and_not_a_relay_that_answers_others() {
-    let mut world = World::with_one(Flavor::Firezone, 3478);
-    world.take_events();
-    let (lost, other) = (addr(PEER), addr("198.51.100.77:40000"));
-    let bind = |world: &mut World, peer| {
-        world.relays.bind(id(0), peer, Use::Checked, world.now);
-        world.pump();
-    };
-    world.twins[0].deaf = true;
-    bind(&mut world, lost);
-    world.run(Duration::from_millis(1500));
-    world.twins[0].deaf = false;
-    bind(&mut world, other);
-    world.run(Duration::from_millis(500));
-    world.twins[0].deaf = true;
-    world.run(secs(4));
-    world.twins[0].deaf = false;
-    world.run(secs(3));
-    let is_gone = |event: &RelayEvent| {
-        matches!(event, RelayEvent::Gone(_) | RelayEvent::Invalidated(..) | RelayEvent::NoneLeft)
-    };
-    assert!(world.allocated() && !world.events.iter().any(is_gone), "{:?}", world.events);
-    let closed = |event: &RelayEvent| matches!(event, RelayEvent::ChannelGone { peer, .. } if *peer == lost);
-    assert_eq!(world.events.iter().filter(|event| closed(event)).count(), 1, "{:?}", world.events);
-    // Whoever still wants it gets it, at once.
-    world.take_events();
-    bind(&mut world, lost);
-    world.run(secs(1));
-    let bound = |event: &RelayEvent| matches!(event, RelayEvent::ChannelBound { peer, .. } if *peer == lost);
-    assert!(world.events.iter().any(bound), "{:?}", world.events);
 }
 
 #[test]
@@ -288,22 +253,6 @@ fn a_full_relay_stays_without_allocation_and_is_asked_again_later() {
     world.twins[0].refuse = None;
     world.run(secs(40));
     assert_eq!(world.take_kinds(), [ALLOCATE], "the buffered bind was dropped");
-    assert!(world.allocated());
-}
-
-#[test]
-fn a_refused_channel_is_forgotten_and_not_asked_for_at_every_check() {
-    let mut world = World::with_one(Flavor::Coturn, 3478);
-    world.take_kinds();
-    world.twins[0].refuse = Some((BIND, 403));
-    let mut lost = 0;
-    for _ in 0..40 {
-        lost += usize::from(world.relays.wrap(id(0), addr(PEER), b"check", world.now).is_none());
-        world.pump();
-        world.run(Duration::from_millis(250));
-    }
-    assert_eq!((world.take_kinds(), lost), (vec![BIND], 40));
-    assert_eq!(world.relays.counters().get(DropReason::NoChannel), 40);
     assert!(world.allocated());
 }
 
@@ -464,85 +413,6 @@ fn keep_alives_come_every_25_s_unless_channel_data_flows_both_ways() {
 }
 
 #[test]
-fn a_nominated_channel_outlives_the_permissions_of_rfc_8656() {
-    let mut world = World::with_one(Flavor::Coturn, 3478);
-    world.relays.bind(id(0), addr(PEER), Use::Nominated, world.now);
-    world.pump();
-    let LocalCandidate::Relayed { addr: relayed, .. } = world.relays.relayed(id(0))[0] else { panic!() };
-    for second in 0..2000_u32 {
-        world.run(secs(1));
-        let payload = second.to_be_bytes().to_vec();
-        world.send(Packet { src: addr(PEER), dst: relayed, payload });
-    }
-    world.run(secs(1));
-    assert_eq!(world.data.len(), 2000);
-    assert!(world.twins[0].sins.is_empty(), "{:?}", world.twins[0].sins);
-}
-
-#[test]
-fn checks_travel_through_the_channel_while_its_bind_is_in_flight() {
-    let mut world = World::with_one(Flavor::Firezone, 3478);
-    assert_eq!(world.relays.wrap(id(0), addr(PEER), b"first", world.now), None);
-    let second = world.relays.wrap(id(0), addr(PEER), b"second", world.now).unwrap();
-    assert_eq!(second.payload, [&[0x40, 0, 0, 6][..], b"second"].concat());
-    world.pump();
-    world.send(Packet { src: addr("198.51.100.2:52625"), dst: second.dst, payload: second.payload });
-    world.run(secs(1));
-    assert_eq!(world.delivered.len(), 1);
-    assert_eq!((world.delivered[0].dst, world.delivered[0].payload.as_slice()), (addr(PEER), &b"second"[..]));
-}
-
-#[test]
-fn a_channel_is_open_from_its_bind_to_its_refusal_or_the_end_of_the_allocation() {
-    let open = |world: &mut World| {
-        let mut open = false;
-        for event in world.take_events() {
-            match event {
-                RelayEvent::ChannelOpened { .. } => open = true,
-                RelayEvent::ChannelGone { .. } => open = false,
-                _ => {}
-            }
-        }
-        open
-    };
-    let mut world = World::with_one(Flavor::Firezone, 3478);
-    world.relays.bind(id(0), addr(PEER), Use::Checked, world.now);
-    world.pump();
-    assert!(open(&mut world), "before any answer: what the relay sends may overtake its success");
-
-    for refused in [Some((BIND, 400)), Some((BIND, 443)), None] {
-        let mut world = World::with_one(Flavor::Firezone, 3478);
-        world.twins[0].refuse = refused;
-        // Without a refusal it is the silence that ends it.
-        world.twins[0].deaf = refused.is_none();
-        world.relays.bind(id(0), addr(PEER), Use::Checked, world.now);
-        world.pump();
-        assert!(open(&mut world), "{refused:?}");
-        world.run(secs(9));
-        assert!(world.events.iter().any(|e| matches!(e, RelayEvent::ChannelGone { .. })), "{refused:?}");
-        assert!(!open(&mut world), "{refused:?}");
-        world.run(secs(20));
-        assert!(!open(&mut world), "{refused:?}");
-    }
-}
-
-#[test]
-fn binds_wait_for_the_allocation_a_hundred_at_most() {
-    let mut world = World::new(vec![Twin::new(Flavor::Firezone, &[addr("203.0.113.2:3478")], 1)], 1);
-    world.connect(&[0]);
-    world.relays.bind(id(0), addr(PEER), Use::Nominated, world.now);
-    for port in 1..=150 {
-        world.relays.bind(id(0), format!("192.0.2.9:{port}").parse().unwrap(), Use::Signalled, world.now);
-    }
-    world.relays.release(id(0), addr("192.0.2.9:150"));
-    world.run(secs(1));
-    assert_eq!(world.take_kinds().into_iter().filter(|kind| *kind == BIND).count(), 99);
-    assert!(world.relays.channel(id(0), addr(PEER), world.now).is_some(), "what matters most is kept");
-    assert!(world.relays.channel(id(0), addr("192.0.2.9:149"), world.now).is_some());
-    assert!(world.relays.channel(id(0), addr("192.0.2.9:50"), world.now).is_none());
-}
-
-#[test]
 fn the_portal_hears_that_none_is_left_at_most_every_5_s() {
     let mut world = World::new(vec![Twin::new(Flavor::Coturn, &[addr("203.0.113.2:3478")], 1)], 1);
     let entries = world.twins[0].entries(id(0));
@@ -570,50 +440,6 @@ fn an_expired_allocation_is_asked_for_again() {
     world.run(secs(1));
     assert!(world.events.starts_with(&[RelayEvent::Invalidated(old, id(0))]));
     assert!(world.allocated());
-}
-
-#[test]
-fn exhaustion_is_counted_and_harms_nobody_else() {
-    let mut world = World::with_one(Flavor::Firezone, 3478);
-    let nominated = addr("192.0.2.1:1");
-    world.relays.bind(id(0), nominated, Use::Nominated, world.now);
-    let peer = |n: u32| addr(&format!("10.{}.{}.{}:9", n >> 16, (n >> 8) & 255, n & 255));
-    let exhausted = |world: &World| world.relays.counters().get(DropReason::ChannelsExhausted);
-    let mut next = 0_u32;
-    let mut first_exhausted = None;
-    // Checks to six new peers a second would take 5400 of the 4096 numbers before the first is free again.
-    for second in 0..2000_u64 {
-        for _ in 0..6 {
-            world.relays.bind(id(0), peer(next), Use::Checked, world.now);
-            next += 1;
-        }
-        world.run(secs(1));
-        if exhausted(&world) > 0 {
-            first_exhausted.get_or_insert(second);
-        }
-        assert_eq!(
-            world.relays.channel(id(0), nominated, world.now).map(|(_, n)| n),
-            Some(0x4000),
-            "at {second}"
-        );
-        world.take_events();
-        world.take_kinds();
-    }
-    assert_eq!(first_exhausted, Some(4095 / 6));
-    assert!(world.twins[0].sins.is_empty(), "{:?}", world.twins[0].sins);
-    assert_eq!(world.relays.counters().iter().count(), 1, "{:?}", world.relays.counters());
-
-    // Whoever is nominated while there is no number at all gets the next one that is free.
-    while world.relays.channel(id(0), peer(next - 1), world.now).is_some() {
-        next += 1;
-        world.relays.bind(id(0), peer(next - 1), Use::Checked, world.now);
-    }
-    let late = addr("192.0.2.1:2");
-    world.relays.bind(id(0), late, Use::Nominated, world.now);
-    assert_eq!(world.relays.channel(id(0), late, world.now), None);
-    world.run(secs(900));
-    assert!(world.relays.channel(id(0), late, world.now).is_some());
-    assert!(world.twins[0].sins.is_empty(), "{:?}", world.twins[0].sins);
 }
 
 #[test]

@@ -81,6 +81,9 @@ impl Allocation {
             (body, Integrity::Valid) => {
                 self.rtt.sample(now.saturating_duration_since(first_sent));
                 let Some(pending) = self.requests.remove(key) else { return };
+                if pending.is_bind() {
+                    self.pace.on_answered();
+                }
                 match body {
                     Body::Success(success) => {
                         self.on_heard(now);
@@ -88,6 +91,7 @@ impl Allocation {
                     }
                     Body::Error(refusal) => self.on_refusal(&pending, refusal.code, now, out),
                 }
+                self.send_binds(now, out);
             }
         }
     }
