@@ -4,6 +4,7 @@ mod bpf;
 mod cli;
 mod clock;
 mod data;
+mod dns;
 mod health;
 mod identity;
 mod logging;
@@ -127,9 +128,10 @@ fn run(prepared: Prepared) -> Result<()> {
             allowed: prepared.allowed,
         })?;
         let interface = Interface::new(TUN_NAME)?;
+        let dns = dns::start(data::MARK)?;
         let readiness = Arc::new(Readiness::default());
         tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
-        Runtime::new(data, interface, prepared.portal, readiness)?.run().await
+        Runtime::new(data, interface, dns, prepared.portal, readiness)?.run().await
     })
 }
 

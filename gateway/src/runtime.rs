@@ -4,7 +4,9 @@
 //! what takes time runs in a task of its own and comes back as a [`Wake`].
 
 use std::{
+    collections::BTreeSet,
     future::pending,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -13,7 +15,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use gateway_common::Counters;
 use gateway_proto::{
     WorkerEvent,
-    addr::TunnelAddrs,
+    addr::{TUNNEL_DNS_PORT, TunnelAddrs},
     control::{self, Control},
     portal::messages::FlowLogs,
 };
@@ -31,6 +33,7 @@ use crate::{
         DataPlane,
         interface::{Families, Interface},
     },
+    dns,
     health::Readiness,
     portal,
 };
@@ -74,6 +77,7 @@ impl Runtime {
     pub fn new(
         data: DataPlane,
         interface: Interface,
+        dns: dns::Handle,
         portal: portal::Client,
         readiness: Arc<Readiness>,
     ) -> Result<Self> {
@@ -89,7 +93,7 @@ impl Runtime {
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;
         let (portal, portal_events) = portal.start();
-        let interface = InterfaceTask::spawn(interface);
+        let interface = InterfaceTask::spawn(interface, dns);
         let mut report = tokio::time::interval(REPORT_INTERVAL);
         report.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let reported = Counters::default();
@@ -112,7 +116,8 @@ impl Runtime {
     ///
     /// # Errors
     /// Fatal are only: what the portal client calls fatal (token refused, partition too long, no right to mark
-    /// sockets), a worker that ended or hangs, and a TUN device that takes no address.
+    /// sockets), a worker that ended or hangs, a TUN device that takes no address, and DNS servers that cannot listen
+    /// on it.
     pub async fn run(mut self) -> Result<()> {
         let result = loop {
             self.drain();
@@ -279,7 +284,8 @@ fn note_flow_logs(wanted: &FlowLogs) {
     tracing::debug!(interval_secs = wanted.upload_interval_secs, "The portal offers flow-log uploads");
 }
 
-/// Netlink work, off the loop: it always works towards the latest addresses it was told.
+/// Netlink work and then the DNS servers' addresses, off the loop: it always works towards the latest addresses it was
+/// told.
 struct InterfaceTask {
     wanted: watch::Sender<Option<TunnelAddrs>>,
     results: mpsc::Receiver<Result<Families>>,
@@ -287,13 +293,13 @@ struct InterfaceTask {
 }
 
 impl InterfaceTask {
-    fn spawn(mut interface: Interface) -> Self {
+    fn spawn(mut interface: Interface, dns: dns::Handle) -> Self {
         let (wanted, mut changes) = watch::channel::<Option<TunnelAddrs>>(None);
         let (done, results) = mpsc::channel(1);
         let task = tokio::spawn(async move {
             while changes.changed().await.is_ok() {
                 let Some(addrs) = *changes.borrow_and_update() else { continue };
-                if done.send(interface.configure(addrs).await).await.is_err() {
+                if done.send(configure(&mut interface, &dns, addrs).await).await.is_err() {
                     break;
                 }
             }
@@ -308,4 +314,16 @@ impl InterfaceTask {
             interface.remove().await;
         }
     }
+}
+
+async fn configure(interface: &mut Interface, dns: &dns::Handle, addrs: TunnelAddrs) -> Result<Families> {
+    let families = interface.configure(addrs).await?;
+    let own: &[IpAddr] = match families {
+        Families::Dual => &[addrs.v4.into(), addrs.v6.into()],
+        Families::V4Only => &[addrs.v4.into()],
+        Families::V6Only => &[addrs.v6.into()],
+    };
+    let listen: BTreeSet<SocketAddr> = own.iter().map(|ip| SocketAddr::new(*ip, TUNNEL_DNS_PORT)).collect();
+    dns.listen(listen).await?;
+    Ok(families)
 }

@@ -1,0 +1,192 @@
+//! Layer-4 DNS servers on the gateway's tunnel addresses (dns.md sections 1 to 4): clients send their SRV and TXT
+//! queries for DNS resources here, and any other they like.
+//!
+//! ```text
+//! udp::Server, one per address --.                             .-- upstream: one question, one nameserver
+//!                                 message --> limits --> forward
+//! tcp::Server, one per address --'                             '-- rtt: whom to ask first
+//!      connections: which one goes when there are too many         nameservers: /etc/resolv.conf
+//! ```
+//!
+//! All of it runs on a thread of its own: a client that floods its DNS server must not delay the answers that ICE and
+//! the portal wait for. Nothing here knows resources or clients; a client is a source address, which the workers have
+//! checked.
+
+mod connections;
+mod forward;
+mod limits;
+mod message;
+mod nameservers;
+mod rtt;
+mod stats;
+mod tcp;
+mod udp;
+mod upstream;
+
+use std::{
+    cell::RefCell, collections::BTreeSet, io, net::SocketAddr, path::Path, rc::Rc, thread, time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::LocalSet,
+    time::{MissedTickBehavior, interval},
+};
+
+use self::{
+    connections::Connections,
+    forward::Forwarder,
+    nameservers::{LOOK_INTERVAL, ResolvConf},
+};
+
+/// Attempts to bind; a fresh IPv6 address may be unusable for a moment (dns.md section 2).
+const BIND_ATTEMPTS: usize = 3;
+/// The pause after a failed one.
+const BIND_PAUSE: Duration = Duration::from_millis(100);
+/// How often the counters are written to the log, if they changed.
+const REPORT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The servers' thread, from outside. It ends when this is dropped.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    orders: mpsc::UnboundedSender<Listen>,
+}
+
+#[derive(Debug)]
+struct Listen {
+    addresses: BTreeSet<SocketAddr>,
+    done: oneshot::Sender<Result<()>>,
+}
+
+/// Starts the thread, without any server yet. It belongs to the network namespace of the calling thread; sockets
+/// towards nameservers get SO_MARK `mark`.
+///
+/// # Errors
+/// There is no thread or no event queue to be had.
+pub fn start(mark: u32) -> Result<Handle> {
+    let (orders, arriving) = mpsc::unbounded_channel();
+    let tokio = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("Cannot start the DNS servers' runtime")?;
+    thread::Builder::new()
+        .name("dns".to_owned())
+        .spawn(move || LocalSet::new().block_on(&tokio, run(mark, arriving)))
+        .context("Cannot start the DNS servers' thread")?;
+    Ok(Handle { orders })
+}
+
+impl Handle {
+    /// Makes servers listen on exactly `addresses`, one for UDP and one for TCP on each. Those that listen already are
+    /// left alone, with their connections.
+    ///
+    /// # Errors
+    /// An address cannot be bound, three times; or the thread is gone.
+    pub async fn listen(&self, addresses: BTreeSet<SocketAddr>) -> Result<()> {
+        let (done, result) = oneshot::channel();
+        let gone = || anyhow!("The DNS servers' thread ended");
+        self.orders.send(Listen { addresses, done }).map_err(|_| gone())?;
+        result.await.map_err(|_| gone())?.context("Failed to bind DNS servers on TUN interface")
+    }
+}
+
+async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
+    let forwarder = Forwarder::new(Some(mark));
+    let mut resolv_conf = ResolvConf::new(Path::new("/etc/resolv.conf"));
+    let mut servers = Servers::new(Rc::clone(&forwarder));
+    let mut look = interval(LOOK_INTERVAL);
+    let mut report = interval(REPORT_INTERVAL);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    report.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            order = orders.recv() => match order {
+                Some(Listen { addresses, done }) => {
+                    // Who asked may be gone by now, at the end of the daemon.
+                    let _ = done.send(servers.listen(&addresses).await);
+                }
+                None => break,
+            },
+            _ = look.tick() => look_at(&mut resolv_conf, &forwarder),
+            _ = report.tick() => forwarder.stats.report(),
+        }
+    }
+    forwarder.stats.report();
+}
+
+fn look_at(resolv_conf: &mut ResolvConf, forwarder: &Forwarder) {
+    match resolv_conf.look() {
+        Ok(None) => {}
+        Ok(Some(servers)) => {
+            tracing::debug!(?servers, "Nameservers");
+            if servers.is_empty() {
+                tracing::warn!(
+                    "/etc/resolv.conf names no nameserver; clients' DNS queries fail until it does"
+                );
+            }
+            forwarder.set_nameservers(servers);
+        }
+        // Those that are known stay: a file that is being replaced is away for a moment.
+        Err(e) => tracing::warn!("Cannot read /etc/resolv.conf: {e}; clients' DNS queries go on as before"),
+    }
+}
+
+/// All servers.
+struct Servers {
+    udp: Vec<udp::Server>,
+    tcp: Vec<tcp::Server>,
+    forwarder: Rc<Forwarder>,
+    connections: tcp::Open,
+}
+
+impl Servers {
+    fn new(forwarder: Rc<Forwarder>) -> Self {
+        let connections = Rc::new(RefCell::new(Connections::new()));
+        Self { udp: Vec::new(), tcp: Vec::new(), forwarder, connections }
+    }
+
+    async fn listen(&mut self, addresses: &BTreeSet<SocketAddr>) -> Result<()> {
+        for stale in self.udp.extract_if(.., |server| !addresses.contains(&server.local())) {
+            tracing::debug!(address = %stale.local(), "The DNS servers move away");
+            stale.close().await;
+        }
+        for stale in self.tcp.extract_if(.., |server| !addresses.contains(&server.local())) {
+            stale.close().await;
+        }
+        for attempt in 1.. {
+            match addresses.iter().try_for_each(|address| self.bind(*address)) {
+                Ok(()) => break,
+                Err(e) if attempt == BIND_ATTEMPTS => return Err(e),
+                Err(e) => {
+                    tracing::debug!(attempt, "{e:#}");
+                    tokio::time::sleep(BIND_PAUSE).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is bound already stays so.
+    fn bind(&mut self, address: SocketAddr) -> Result<()> {
+        let cannot =
+            |transport: &str, e: io::Error| anyhow!("Cannot listen on {address} over {transport}: {e}");
+        let mut is_new = false;
+        if !self.udp.iter().any(|server| server.local() == address) {
+            let server =
+                udp::Server::bind(address, Rc::clone(&self.forwarder)).map_err(|e| cannot("UDP", e))?;
+            self.udp.push(server);
+            is_new = true;
+        }
+        if !self.tcp.iter().any(|server| server.local() == address) {
+            let (forwarder, connections) = (Rc::clone(&self.forwarder), Rc::clone(&self.connections));
+            let server = tcp::Server::bind(address, forwarder, connections).map_err(|e| cannot("TCP", e))?;
+            self.tcp.push(server);
+            is_new = true;
+        }
+        if is_new {
+            tracing::info!(%address, "DNS servers listen");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! What the DNS servers count. One thread counts, so that plain cells do; the log gets what changed.
+
+use std::cell::Cell;
+
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Count {
+    /// Messages that arrived over UDP.
+    UdpQueries,
+    /// Messages that arrived over TCP.
+    TcpQueries,
+    /// A nameserver's answer went back to a client.
+    Answered,
+    /// Of these, cut to what the client takes.
+    Truncated,
+    /// FORMERR, NOTIMP, or REFUSED for what we never forward.
+    Rejected,
+    /// REFUSED: a client was over its limit.
+    OverClientLimit,
+    /// SERVFAIL: all clients together were.
+    OverLimit,
+    /// SERVFAIL: no nameserver had an answer.
+    Failed,
+    /// Messages without an answer: responses, or shorter than an ID.
+    Ignored,
+    /// Answers that the kernel did not take.
+    Unsent,
+    /// TCP connections that were accepted.
+    Connections,
+    /// TCP connections that were closed to make room, or refused because nothing idle could be closed.
+    ConnectionsDropped,
+    /// A second or later nameserver, or the same again, was asked for one query.
+    AskedAgain,
+    /// Datagrams to an upstream socket that were no answer to its question.
+    Strays,
+    /// A nameserver cut its answer and was asked over TCP.
+    UpstreamTruncated,
+}
+
+const COUNTS: [(Count, &str); 15] = [
+    (Count::UdpQueries, "UDP queries"),
+    (Count::TcpQueries, "TCP queries"),
+    (Count::Answered, "answered"),
+    (Count::Truncated, "truncated"),
+    (Count::Rejected, "rejected"),
+    (Count::OverClientLimit, "over the client's limit"),
+    (Count::OverLimit, "over the limit of all"),
+    (Count::Failed, "failed"),
+    (Count::Ignored, "ignored"),
+    (Count::Unsent, "unsent"),
+    (Count::Connections, "TCP connections"),
+    (Count::ConnectionsDropped, "TCP connections dropped"),
+    (Count::AskedAgain, "asked again"),
+    (Count::Strays, "stray datagrams"),
+    (Count::UpstreamTruncated, "truncated by a nameserver"),
+];
+
+/// The counters.
+#[derive(Debug, Default)]
+pub struct Stats {
+    now: [Cell<u64>; COUNTS.len()],
+    reported: [Cell<u64>; COUNTS.len()],
+}
+
+impl Stats {
+    /// One more.
+    pub fn count(&self, what: Count) {
+        let cell = &self.now[what as usize];
+        cell.set(cell.get() + 1);
+    }
+
+    /// How many there were since the start.
+    #[cfg(test)]
+    pub fn get(&self, what: Count) -> u64 {
+        self.now[what as usize].get()
+    }
+
+    /// Writes to the log what changed since the last call.
+    pub fn report(&self) {
+        for (what, label) in COUNTS {
+            let total = self.now[what as usize].get();
+            let before = self.reported[what as usize].replace(total);
+            if total > before {
+                tracing::debug!(what = label, count = total - before, total, "DNS servers");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_count_has_its_own_cell_and_label() {
+        let stats = Stats::default();
+        for (index, (what, label)) in COUNTS.iter().enumerate() {
+            assert_eq!(*what as usize, index, "{label}");
+            (0..=index).for_each(|_| stats.count(*what));
+            assert!(COUNTS[..index].iter().all(|(_, other)| other != label), "{label}");
+        }
+        for (index, (what, label)) in (1_u64..).zip(&COUNTS) {
+            assert_eq!(stats.get(*what), index, "{label}");
+        }
+    }
+}
