@@ -7,6 +7,7 @@ mod access;
 mod churn;
 pub mod client;
 mod crowd;
+mod dns;
 mod floods;
 pub mod lab;
 mod links;

@@ -65,7 +65,7 @@ fn for_everybody(cx: &mut Context) -> Result<()> {
     Ok(())
 }
 
-fn words(text: &str) -> Vec<String> {
+pub(super) fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
@@ -124,11 +124,11 @@ fn open_tun_device(cx: &Context) -> Result<Vec<String>> {
 }
 
 /// Runs `script` in a mount namespace of its own; at its end `"$@"` is the program.
-fn in_mount_namespace(script: &str) -> Vec<String> {
+pub(super) fn in_mount_namespace(script: &str) -> Vec<String> {
     ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"].map(str::to_owned).to_vec()
 }
 
-fn can_run(cx: &Context, wrapper: &[String]) -> Result<()> {
+pub(super) fn can_run(cx: &Context, wrapper: &[String]) -> Result<()> {
     let command: Vec<&str> = wrapper.iter().map(String::as_str).chain(["true"]).collect();
     let said = crate::net::process::run(&cx.topology.gateway.namespace, 2 * SECOND, &command)?;
     said.success().map_err(|error| Skip(format!("no mount namespaces here: {error}")))?;
