@@ -99,7 +99,7 @@ impl Bed {
             variation: Variation { workers: Some(1), ..Variation::default() },
         };
         let mut notes = Vec::new();
-        let napi = interfaces(&cx.topology, &[GATEWAY_CORE], &[OTHER_CORE], &mut notes)?;
+        let napi = interfaces(&cx.topology, &[GATEWAY_CORE], &[OTHER_CORE], Behind::Rps, &mut notes)?;
         routes(&cx.topology)?;
         let options = Options {
             resources: vec![lan4()],
@@ -218,8 +218,35 @@ fn links(topology: &Topology) -> Result<Vec<(&NetNs, String)>> {
     Ok(links)
 }
 
-/// For [`interfaces`] where nobody has a core of its own.
+/// Where nobody has a core of its own.
 pub(super) const OTHERS_AND_GATEWAY: &[usize] = &[OTHER_CORE, GATEWAY_CORE];
+
+/// Every frame is handled by a NAPI thread of the interface where it arrives, on any core: then no one's time holds another's
+/// work, not even where worker and far ends share a core. Returns the gateway's NAPI threads.
+///
+/// # Errors
+/// If something is refused.
+pub(super) fn threads_everywhere(topology: &Topology) -> Result<Vec<i32>> {
+    for (namespace, interface) in links(topology)? {
+        // A veth hands what it receives to NAPI only if the other end has no TSO.
+        let command = ["ethtool", "-K", &interface, "gso", "on", "tso", "off", "tx-udp-segmentation", "on"];
+        run(namespace, Duration::from_secs(5), &command)?.success()?;
+    }
+    let mut refused = Vec::new();
+    let threads =
+        interfaces(topology, OTHERS_AND_GATEWAY, OTHERS_AND_GATEWAY, Behind::Threads, &mut refused)?;
+    ensure!(refused.is_empty(), "{}", refused.join("; "));
+    Ok(threads)
+}
+
+/// Who handles what the gateway sends, at the other ends of its two links.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Behind {
+    /// The softirq of another core.
+    Rps,
+    /// NAPI threads, as everywhere else.
+    Threads,
+}
 
 /// What arrives at the gateway's interfaces is handled by their own NAPI threads on the cores `of_gateway`; what it sends, at
 /// the other end of its links, on the cores `of_others`, by RPS: otherwise the sender's core would do the receiver's work.
@@ -228,10 +255,11 @@ pub(super) const OTHERS_AND_GATEWAY: &[usize] = &[OTHER_CORE, GATEWAY_CORE];
 ///
 /// # Errors
 /// With what `ethtool` said.
-pub(super) fn interfaces(
+fn interfaces(
     topology: &Topology,
     of_gateway: &[usize],
     of_others: &[usize],
+    behind_gateway: Behind,
     notes: &mut Vec<String>,
 ) -> Result<Vec<i32>> {
     let napi_threads = || -> Vec<i32> {
@@ -243,7 +271,8 @@ pub(super) fn interfaces(
     for (namespace, interface) in links(topology)? {
         let ours = namespace.name() == topology.gateway.namespace.name();
         run(namespace, Duration::from_secs(5), &["ethtool", "-K", &interface, "gro", "on"])?.success()?;
-        let from_gateway = is_towards_gateway(topology, namespace, &interface);
+        let from_gateway =
+            behind_gateway == Behind::Rps && is_towards_gateway(topology, namespace, &interface);
         let (setting, what) = if from_gateway {
             (format!("for f in $dev/queues/rx-*/rps_cpus; do echo {mask:x} > $f; done"), "RPS")
         } else {

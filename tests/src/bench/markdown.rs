@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
-use super::report::{Contender, Flood, Results, Row, Spread, Workers};
+use super::report::{Contender, Flood, Results, Row, Run, Spread, WorkerCount, Workers};
 
 const BEGIN: &str = "<!-- written by `cargo xtask bench`: begin -->\n";
 const END: &str = "<!-- written by `cargo xtask bench`: end -->";
@@ -137,26 +137,41 @@ fn workers(text: &mut String, all: &[Workers]) {
         return;
     }
     text.push_str(
-        "\n| many clients, all workers busy | clients | workers | ns per packet, to one worker | ns per packet | Gbit/s | \
-         workers' share of a core |\n|---|---|---|---|---|---|---|\n",
+        "\n| many clients, all workers busy | clients | workers | ns per packet, to one worker | ns per packet | process alone | \
+         Gbit/s | lost | workers' share of a core |\n|---|---|---|---|---|---|---|---|---|\n",
     );
     for one in all {
         let Some(first) = one.counts.first() else { continue };
         for count in &one.counts {
+            let over = |value: &dyn Fn(&Run) -> f64| Spread::of(count.runs.iter().map(value).collect());
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | **{:.2}x** | {} | {} | {:.0} to {:.0} % |",
+                "| {} | {} | {} | {} | {} | {} | {} | {:.1} % | {:.0} to {:.0} % |",
                 one.name,
                 one.clients,
                 count.workers,
-                count.ns_per_packet.median / first.ns_per_packet.median,
+                to_one_worker(count, first),
                 spread(&count.ns_per_packet, 0),
+                spread(&over(&|run| run.cost.threads_ns as f64 / run.packets.max(1) as f64), 0),
                 spread(&count.gbit_per_second, 2),
+                over(&|run| run.lost_percent).median,
                 count.least_busy_percent.median,
                 count.most_busy_percent.median
             );
         }
     }
+}
+
+/// Of the medians, and the ends of what the rounds said.
+fn to_one_worker(count: &WorkerCount, first: &WorkerCount) -> String {
+    let ratio = count.ns_per_packet.median / first.ns_per_packet.median;
+    if count.workers == first.workers {
+        return format!("{ratio:.2}x");
+    }
+    let void = if count.runs.iter().all(|run| run.void) { " (void)" } else { "" };
+    let rounds = count.runs.iter().zip(&first.runs).filter(|(a, b)| !void.is_empty() || !(a.void || b.void));
+    let rounds = Spread::of(rounds.map(|(a, b)| a.ns_per_packet() / b.ns_per_packet()).collect());
+    format!("**{ratio:.2}x** ({:.2}-{:.2}){void}", rounds.min, rounds.max)
 }
 
 fn floods(text: &mut String, floods: &[Flood]) {

@@ -95,12 +95,12 @@ pub(super) struct Run {
     pub(super) packets: u64,
     /// Payload that arrived.
     pub(super) bytes: u64,
-    /// For which iperf3 sent.
+    /// For which was sent.
     pub(super) seconds: f64,
     /// Of UDP datagrams.
     pub(super) lost_percent: f64,
     pub(super) cost: Cost,
-    /// More of the core's busy time than allowed was nobody's.
+    /// More of the core's busy time than allowed was nobody's; with several workers, what was offered was not carried.
     pub(super) void: bool,
     /// How many void runs this one replaced.
     pub(super) repeated: u32,
@@ -137,18 +137,18 @@ pub(super) struct Aead {
     pub(super) open_ns: Spread,
 }
 
-/// What a packet costs with several workers, all busy at once. The clients are on the same cores.
+/// What a packet costs with several workers, all busy at once. The far ends are on the same cores.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Workers {
-    /// `TCP outbound`
+    /// `UDP outbound`
     pub(super) name: String,
     pub(super) clients: usize,
     /// One worker first; runs interleaved.
     pub(super) counts: Vec<WorkerCount>,
 }
 
-/// Of one number of workers.
+/// Of one number of workers; of the runs that are not void, or of all if none is left.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WorkerCount {

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::{Result, bail};
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
@@ -18,7 +19,7 @@ use uuid::Uuid;
 use super::config::{Event, Generation, Path};
 use super::ice::{self, Local};
 use super::inner::GOODBYE;
-use super::net::{Net, Route};
+use super::net::{Net, Route, WIREGUARD_OVERHEAD};
 use super::turn::RelayId;
 
 /// No remote candidate for this long: failed (section 5.2).
@@ -251,6 +252,30 @@ impl Connection {
                 }
                 self.waiting.push_back(packet.to_vec());
             }
+        }
+    }
+
+    /// Appends an inner packet, encrypted for this connection's session, to `sealed`.
+    ///
+    /// # Errors
+    /// If there is no session.
+    pub(super) fn seal(&mut self, packet: &[u8], sealed: &mut Vec<u8>) -> Result<()> {
+        let start = sealed.len();
+        sealed.resize(start + packet.len() + WIREGUARD_OVERHEAD, 0);
+        match self.tunn.encapsulate(packet, &mut sealed[start..]) {
+            TunnResult::WriteToNetwork([4, ..]) => Ok(()),
+            _ => {
+                sealed.truncate(start);
+                bail!("there is no session to seal a packet with")
+            }
+        }
+    }
+
+    /// The pair of addresses in use, if no relay of ours is in between.
+    pub(super) fn direct(&self) -> Option<(SocketAddr, SocketAddr)> {
+        match self.route? {
+            Route::Direct { local, remote } => Some((local, remote)),
+            Route::Relayed { .. } => None,
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Only as much parsing as that takes; packets themselves go to and from the TUN unchanged.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
 /// The largest inner packet (packets.md section 1).
 pub(super) const MAX_INNER: usize = 1280;
@@ -94,6 +94,33 @@ pub(super) fn echo_request(source: Ipv4Addr, destination: Ipv4Addr) -> [u8; 52] 
     let words = packet[20..].chunks_exact(2).map(|w| u32::from(u16::from_be_bytes([w[0], w[1]])));
     let sum = !fold(words.sum());
     packet[22..24].copy_from_slice(&sum.to_be_bytes());
+    packet
+}
+
+/// A UDP datagram in an IPv4 packet that may not be fragmented, with both checksums.
+///
+/// # Panics
+/// If it is longer than 65535 bytes.
+pub(super) fn udp_datagram(source: SocketAddrV4, destination: SocketAddrV4, payload: &[u8]) -> Vec<u8> {
+    let length = |bytes: usize| u16::try_from(bytes).expect("an IPv4 packet").to_be_bytes();
+    let bytes = payload.len();
+    let mut packet = [&[0; 28], payload].concat();
+    packet[..20].copy_from_slice(&[0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, 17, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    packet[2..4].copy_from_slice(&length(28 + bytes));
+    packet[12..16].copy_from_slice(&source.ip().octets());
+    packet[16..20].copy_from_slice(&destination.ip().octets());
+    packet[20..22].copy_from_slice(&source.port().to_be_bytes());
+    packet[22..24].copy_from_slice(&destination.port().to_be_bytes());
+    packet[24..26].copy_from_slice(&length(8 + bytes));
+    fix_v4_checksum(&mut packet);
+    // RFC 768: over addresses, protocol, length, and the datagram.
+    let word = |w: &[u8]| u32::from(w[0]) << 8 | w.get(1).map_or(0, |low| u32::from(*low));
+    let sum: u32 = packet[12..].chunks(2).map(word).sum::<u32>() + 17 + word(&packet[24..26]);
+    let checksum = match !fold(sum) {
+        0 => u16::MAX,
+        checksum => checksum,
+    };
+    packet[26..28].copy_from_slice(&checksum.to_be_bytes());
     packet
 }
 
@@ -196,6 +223,16 @@ mod tests {
             meaning(&hex::decode(v6).unwrap()),
             Meaning::Prohibited("fd00:db8:20::9".parse().unwrap())
         );
+    }
+
+    #[test]
+    fn a_datagram_is_vector_8_s() {
+        let (source, to) = ("100.64.2.2:40000".parse().unwrap(), "10.44.0.9:53".parse().unwrap());
+        let mut packet = udp_datagram(source, to, b"abcd");
+        // The vector has an identification.
+        packet[4..6].copy_from_slice(&[0x12, 0x34]);
+        fix_v4_checksum(&mut packet);
+        assert_eq!(hex::encode(packet), "45000020123440004011b822644002020a2c00099c400035000c2e2361626364");
     }
 
     #[test]

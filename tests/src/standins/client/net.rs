@@ -13,7 +13,7 @@ use super::turn::{RelayId, Turn};
 use super::udp::{Burst, Sockets};
 
 /// What WireGuard adds to an inner packet.
-const WIREGUARD_OVERHEAD: usize = 32;
+pub(super) const WIREGUARD_OVERHEAD: usize = 32;
 /// boringtun wants room for a handshake even when it writes data.
 const MIN_BUFFER: usize = 148;
 

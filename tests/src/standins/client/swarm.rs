@@ -6,12 +6,16 @@
 //!                                                  +-- per member: `core`, a counter instead of a TUN
 //! ```
 //!
+//! `load` makes a swarm a source and a sink of many packets a second.
+//!
 //! A member is the whole client of `core`; only what would come out of a TUN device is counted and thrown away. What a
 //! user's traffic would do is done here: who wants a resource asks again when the connection is gone or refused.
 
+mod load;
+
 use std::cell::RefCell;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -23,6 +27,7 @@ use rustix::event::{Timespec, epoll};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use self::load::Load;
 use super::config::{Command, Config, Event, Token};
 use super::core::Client;
 use super::eventloop::{Input, read_commands, say, waking};
@@ -86,6 +91,30 @@ pub enum SwarmCommand {
         /// To this address.
         to: Ipv4Addr,
     },
+    /// Everybody encrypts UDP datagrams, to be sent later: encryption must not cost while something is measured.
+    Seal {
+        /// Where they are to go, from the same port.
+        to: SocketAddrV4,
+        /// Of payload.
+        bytes: usize,
+        /// How many.
+        each: usize,
+    },
+    /// Sends them, evenly over time and members, as many by one system call as `burst` says.
+    Send {
+        /// Of all members together.
+        per_second: u64,
+        /// Datagrams.
+        burst: usize,
+        /// For how long, milliseconds.
+        ms: u64,
+    },
+    /// From now on datagrams of so many bytes of UDP payload that come through the tunnel are counted without being
+    /// decrypted, all but a sample.
+    Count {
+        /// Of payload.
+        bytes: usize,
+    },
     /// Print a [`SwarmReport`].
     Report,
 }
@@ -115,6 +144,16 @@ pub struct SwarmReport {
     pub reached: usize,
     /// Milliseconds from a connection's creation to its session: the slowest so far.
     pub slowest_ms: u64,
+    /// Datagrams that wait to be sent.
+    pub sealed: u64,
+    /// Of these, how many have been sent.
+    pub sent: u64,
+    /// Is a [`SwarmCommand::Seal`] or [`SwarmCommand::Send`] under way?
+    pub working: bool,
+    /// Datagrams that came and were not decrypted.
+    pub skimmed: u64,
+    /// UDP datagrams that came and were decrypted.
+    pub opened: u64,
     /// Why connections ended other than by goodbye, and what else went wrong: the last few.
     pub errors: Vec<String>,
 }
@@ -142,6 +181,7 @@ struct Swarm {
     /// What members said in this turn.
     said: Rc<RefCell<Vec<(usize, Event)>>>,
     wanted: Option<Uuid>,
+    load: Load,
     report: SwarmReport,
 }
 
@@ -156,12 +196,16 @@ struct Member {
     /// Where echo requests go until one is answered, how many answers there were before, and when to send the next.
     echo: Option<(Ipv4Addr, u64, Instant)>,
     deadline: Instant,
+    /// See [`Load`].
+    sealed: load::Sealed,
 }
 
 /// Instead of a TUN.
 #[derive(Default)]
 struct Counter {
     echoes: u64,
+    /// In IPv4 packets.
+    datagrams: u64,
 }
 
 impl Inside for Counter {
@@ -176,6 +220,9 @@ impl Inside for Counter {
         };
         let replies = batch.iter().filter(|packet| packet.get(HEADROOM..).is_some_and(is_reply)).count();
         self.echoes += replies as u64;
+        let is_udp = |packet: &[u8]| packet.first() == Some(&0x45) && packet.get(9) == Some(&17);
+        let datagrams = batch.iter().filter(|packet| packet.get(HEADROOM..).is_some_and(is_udp)).count();
+        self.datagrams += datagrams as u64;
         Ok(())
     }
 }
@@ -185,7 +232,14 @@ impl Swarm {
         // Two UDP sockets and a WebSocket each.
         crate::net::process::raise_file_limit(3 * config.clients as u64 + 100)?;
         let members = Vec::with_capacity(config.clients);
-        Ok(Self { config, members, said: Rc::default(), wanted: None, report: SwarmReport::default() })
+        Ok(Self {
+            config,
+            members,
+            said: Rc::default(),
+            wanted: None,
+            load: Load::default(),
+            report: SwarmReport::default(),
+        })
     }
 
     fn run(mut self) -> Result<()> {
@@ -200,7 +254,8 @@ impl Swarm {
         let started = Instant::now();
         let mut next_tick = started;
         loop {
-            let left = next_tick.saturating_duration_since(Instant::now());
+            let next = self.load.poll_timeout().map_or(next_tick, |at| at.min(next_tick));
+            let left = next.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).expect("at most a tick");
             ready.clear();
             match epoll::wait(&poller, spare_capacity(&mut ready), Some(&timeout)) {
@@ -213,8 +268,10 @@ impl Swarm {
                 if index == WAKE {
                     let _ = rustix::io::read(&wake, &mut [0; 8]);
                 } else if let Some(member) = self.members.get_mut(usize::try_from(index)?) {
-                    member.client.read_udp(now, &mut inbox, &mut member.counter)?;
-                    member.advance(now);
+                    if self.load.skim(member)? {
+                        member.client.read_udp(now, &mut inbox, &mut member.counter)?;
+                        member.advance(now);
+                    }
                 }
             }
             while let Ok(input) = queue.try_recv() {
@@ -235,6 +292,9 @@ impl Swarm {
                     self.members.push(member);
                 }
                 self.tick(now);
+            }
+            if let Err(error) = self.load.advance(&mut self.members, now) {
+                self.complain(format!("load: {error:#}"));
             }
             self.listen(now);
         }
@@ -262,6 +322,7 @@ impl Swarm {
             ask_at: self.wanted.map(|_| now),
             echo: None,
             deadline: now,
+            sealed: load::Sealed::default(),
         })
     }
 
@@ -286,6 +347,15 @@ impl Swarm {
                 }
                 self.tick(now);
             }
+            Wake::Command(SwarmCommand::Seal { to, bytes, each }) => self.load.seal(to, bytes, each),
+            Wake::Command(SwarmCommand::Send { per_second, burst, ms }) => {
+                self.load.send(per_second, burst, Duration::from_millis(ms), now);
+            }
+            Wake::Command(SwarmCommand::Count { bytes }) => {
+                if let Err(error) = self.load.count(&self.members, bytes) {
+                    self.complain(format!("load: {error:#}"));
+                }
+            }
             Wake::Command(SwarmCommand::Report) => {
                 let count = |is: fn(&Member) -> bool| self.members.iter().filter(|member| is(member)).count();
                 let report = SwarmReport {
@@ -294,6 +364,11 @@ impl Swarm {
                     established: count(|member| member.established),
                     relayed: count(|member| member.established && member.relayed),
                     reached: count(|member| member.is_reached()),
+                    sealed: self.members.iter().map(|member| member.sealed.left()).sum(),
+                    sent: self.load.sent(),
+                    working: self.load.is_working(),
+                    skimmed: self.load.skimmed(),
+                    opened: self.members.iter().map(|member| member.counter.datagrams).sum(),
                     echoes: self.members.iter().map(|member| member.counter.echoes).sum(),
                     ..self.report.clone()
                 };

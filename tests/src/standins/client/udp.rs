@@ -7,12 +7,20 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv, sockopt::set_socket_recv_buffer_size_force},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// 64 segments of 1316 bytes (section 2.3).
 const BUFFER: usize = 64 * 1316;
 /// Receive buffer that survives a burst while the thread is busy.
 const SOCKET_BUFFER: usize = 8 << 20;
+/// Receive buffer of a load: some milliseconds, in which the far ends may have no core.
+const LOAD_BUFFER: usize = 32 << 20;
+/// Batches that are skimmed before others have their turn.
+const SKIM_LIMIT: usize = 64;
 /// Bytes in one GSO send (section 2.4, the smaller of the two families).
 const MAX_GSO_BYTES: usize = 65_535 - 68;
 
@@ -50,6 +58,13 @@ impl Inbox {
             },
         )
     }
+}
+
+/// What [`Udp::skim`] threw away.
+pub(super) struct Skimmed {
+    pub(super) datagrams: u64,
+    /// As the kernel delivered them.
+    pub(super) batches: usize,
 }
 
 /// A received datagram, cut out of its batch.
@@ -98,6 +113,30 @@ impl Udp {
         }
         inbox.port = self.port;
         Ok(true)
+    }
+
+    /// A receive buffer for a load, whatever the kernel's limit is.
+    pub(super) fn widen(&self) -> io::Result<()> {
+        Ok(set_socket_recv_buffer_size_force(&self.socket, LOAD_BUFFER)?)
+    }
+
+    /// Counts WireGuard data messages of `length` bytes without copying them out of the kernel; GRO may have merged them.
+    pub(super) fn skim(&self, length: usize) -> io::Result<Skimmed> {
+        let mut skimmed = Skimmed { datagrams: 0, batches: 0 };
+        let mut kind = [0; 1];
+        while skimmed.batches < SKIM_LIMIT {
+            match recv(&self.socket, &mut kind, RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT) {
+                Ok((_, bytes)) if kind == [4] && bytes % length == 0 => {
+                    recv(&self.socket, &mut kind, RecvFlags::TRUNC | RecvFlags::DONTWAIT)?;
+                    skimmed.datagrams += (bytes / length) as u64;
+                    skimmed.batches += 1;
+                }
+                Ok(_) | Err(Errno::AGAIN) => break,
+                Err(Errno::INTR | Errno::CONNREFUSED) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(skimmed)
     }
 
     /// Sends; waits while the socket's buffer is full.

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::{Packet, Tunn};
 use is::stun::StunMessage;
@@ -14,7 +14,7 @@ use crate::standins::client::config::Event;
 use crate::standins::client::inner::{self, Meaning};
 use crate::standins::client::tun::{HEADROOM, Inside, Tun};
 use crate::standins::client::turn::Received;
-use crate::standins::client::udp::{Datagram, Inbox};
+use crate::standins::client::udp::{Datagram, Inbox, Skimmed};
 
 /// Reads of one source per turn of the loop.
 const READS_PER_TURN: usize = 4;
@@ -142,6 +142,47 @@ impl Client {
             }
             Meaning::Control => {}
         }
+    }
+
+    // ---- loads --------------------------------------------------------------------------------
+
+    /// Appends a packet, encrypted for the one gateway, to `sealed`; [`Self::send_sealed`] sends it later.
+    ///
+    /// # Errors
+    /// If there is no session.
+    pub(in crate::standins::client) fn seal(&mut self, packet: &[u8], sealed: &mut Vec<u8>) -> Result<()> {
+        let connection = self.connections.values_mut().next().context("there is no connection")?;
+        connection.seal(packet, sealed)
+    }
+
+    /// Sends datagrams of `segment` bytes each by one call.
+    ///
+    /// # Errors
+    /// If there is no direct path, or the socket refuses.
+    pub(in crate::standins::client) fn send_sealed(&mut self, segment: usize, sealed: &[u8]) -> Result<()> {
+        let connection = self.connections.values().next().context("there is no connection")?;
+        let (local, remote) = connection.direct().context("the path is not direct")?;
+        let sockets = &self.net.sockets;
+        let socket = if remote.is_ipv4() { &sockets.v4 } else { &sockets.v6 };
+        let socket = socket.as_ref().context("no socket of this family")?;
+        Ok(socket.send(Some(local.ip()), remote, 0, Some(segment), sealed)?)
+    }
+
+    /// Lets the IPv4 socket hold what a load brings while we have no core.
+    ///
+    /// # Errors
+    /// Without the right to go beyond the kernel's limit.
+    pub(in crate::standins::client) fn widen(&self) -> Result<()> {
+        Ok(self.net.sockets.v4.as_ref().context("a socket for IPv4")?.widen()?)
+    }
+
+    /// Counts and throws away WireGuard data messages of `length` bytes that wait on the IPv4 socket, up to the first
+    /// datagram that is something else.
+    ///
+    /// # Errors
+    /// If the socket fails.
+    pub(in crate::standins::client) fn skim(&self, length: usize) -> Result<Skimmed> {
+        Ok(self.net.sockets.v4.as_ref().context("a socket for IPv4")?.skim(length)?)
     }
 
     /// "My authorization is gone" (packets.md section 4.5).
