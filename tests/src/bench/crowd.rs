@@ -165,28 +165,32 @@ impl Crowd {
     /// If somebody cannot send.
     pub(super) fn send(&mut self, direction: Direction, per_second: u64, time: Duration) -> Result<Sent> {
         let before = self.swarm.report()?;
-        let started = Instant::now();
-        match direction {
+        let far_end = match direction {
             Direction::Outbound => {
                 let ms = u64::try_from(time.as_millis())?;
                 self.swarm.command(&SwarmCommand::Send { per_second, burst: BURST, ms })?;
-                let arrived = receive(&self.far, started + time + GRACE)?;
-                let after = self.swarm.report()?;
-                if after.errors != before.errors {
-                    bail!("the clients: {:?}", after.errors);
-                }
-                let sent = after.sent - before.sent;
-                Ok(Sent { sent, arrived, opened: arrived, seconds: time.as_secs_f64() })
+                receive(&self.far, Instant::now() + time + GRACE)?
             }
             Direction::Inbound => {
                 let sent = send(&self.far, &self.heard, per_second, time)?;
                 std::thread::sleep(GRACE);
-                let after = self.swarm.report()?;
-                let opened = after.opened - before.opened;
-                let arrived = after.skimmed - before.skimmed + opened;
-                Ok(Sent { sent, arrived, opened, seconds: time.as_secs_f64() })
+                sent
             }
+        };
+        let after = self.swarm.report()?;
+        if after.errors != before.errors {
+            bail!("the clients: {:?}", after.errors);
         }
+        let seconds = time.as_secs_f64();
+        Ok(match direction {
+            Direction::Outbound => {
+                Sent { sent: after.sent - before.sent, arrived: far_end, opened: far_end, seconds }
+            }
+            Direction::Inbound => {
+                let opened = after.opened - before.opened;
+                Sent { sent: far_end, arrived: after.skimmed - before.skimmed + opened, opened, seconds }
+            }
+        })
     }
 }
 

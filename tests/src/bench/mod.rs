@@ -96,6 +96,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     // Before any thread or process is started: they inherit it.
     accounting::pin(0, OTHER_CORE)?;
     accounting::prefer(0)?;
+    let _foremost = accounting::Foremost::new();
     let directory = janitor::directory(std::process::id());
     let result = measure(arguments, cores, &directory);
     if result.is_err() {

@@ -24,7 +24,7 @@ const DIRECTIONS: [(Direction, &str); 2] =
 const FIRST_RATE: u64 = 200_000;
 /// What is offered to be carried at most.
 const LAST_RATE: u64 = 3_000_000;
-const SEARCH_TIME: Duration = Duration::from_millis(500);
+const SEARCH_TIME: Duration = Duration::from_secs(1);
 /// The search ends where the worker that does least is so busy, per cent of a core: the far ends need some, too.
 const BUSY_ENOUGH: f64 = 70.0;
 /// A rate is carried if no more is lost and no less is sent, per cent; a run is void if it is not.
@@ -81,7 +81,7 @@ fn search(directory: &Path, gateway: &Path) -> Result<Vec<u64>> {
             if one.least > BUSY_ENOUGH {
                 break;
             }
-            rate = rate * 6 / 5;
+            rate = rate * 5 / 4;
         }
         // Away from the edge, where any disturbance costs packets.
         let good = good.with_context(|| format!("{name}: not even {FIRST_RATE} packets a second arrive"))?;
