@@ -155,8 +155,8 @@ impl Crowd {
         if direction == Direction::Inbound {
             return Ok(());
         }
-        let bursts = per_second as f64 * time.as_secs_f64() / (self.clients * BURST) as f64;
-        self.seal((bursts.ceil() as usize + 1) * BURST)
+        let packets = usize::try_from(time.as_micros() * u128::from(per_second) / 1_000_000)?;
+        self.seal((packets.div_ceil(self.clients * BURST) + 1) * BURST)
     }
 
     /// Sends datagrams of [`BYTES`] for `time`, evenly between all clients.

@@ -174,8 +174,8 @@ const NOTES: &[&str] = &[
     "At a fixed rate every packet of the kernel's own routing wakes its NAPI thread, while a tunnel's come in batches: that \
      floor is one for TCP only.",
     "Several workers: each worker has a core and the same load, 16 clients together, in bursts of 32 datagrams of 1200 bytes; \
-     how much is what two workers were found to carry, less a tenth. Far ends and NAPI threads (those of the gateway count) \
-     share both cores with the workers, so more than about two thirds of a core is not left for each. Clients encrypt before \
+     how much is what two workers were found to carry, less a twentieth. Far ends and NAPI threads (those of the gateway count) \
+     share both cores with the workers, so a worker cannot have all of its own. Clients encrypt before \
      the measured time and decrypt a sample. Floods: one flooder sends single datagrams as fast as core 0 lets it, from one address; goodput is 100 Mbit/s of UDP \
      through an established session.",
 ];

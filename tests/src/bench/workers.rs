@@ -25,6 +25,8 @@ const FIRST_RATE: u64 = 200_000;
 /// What is offered to be carried at most.
 const LAST_RATE: u64 = 3_000_000;
 const SEARCH_TIME: Duration = Duration::from_secs(1);
+/// From here on the search goes in small steps: the end is near.
+const BUSY: f64 = 40.0;
 /// The search ends where the worker that does least is so busy, per cent of a core: the far ends need some, too.
 const BUSY_ENOUGH: f64 = 70.0;
 /// A rate is carried if no more is lost and no less is sent, per cent; a run is void if it is not.
@@ -81,11 +83,11 @@ fn search(directory: &Path, gateway: &Path) -> Result<Vec<u64>> {
             if one.least > BUSY_ENOUGH {
                 break;
             }
-            rate = rate * 5 / 4;
+            rate = if one.least < BUSY { rate * 5 / 4 } else { rate * 10 / 9 };
         }
         // Away from the edge, where any disturbance costs packets.
         let good = good.with_context(|| format!("{name}: not even {FIRST_RATE} packets a second arrive"))?;
-        Ok(good * 9 / 10 / workers as u64)
+        Ok(good * 19 / 20 / workers as u64)
     };
     DIRECTIONS.iter().map(of).collect()
 }

@@ -267,11 +267,11 @@ impl Swarm {
                 let index = event.data.u64();
                 if index == WAKE {
                     let _ = rustix::io::read(&wake, &mut [0; 8]);
-                } else if let Some(member) = self.members.get_mut(usize::try_from(index)?) {
-                    if self.load.skim(member)? {
-                        member.client.read_udp(now, &mut inbox, &mut member.counter)?;
-                        member.advance(now);
-                    }
+                } else if let Some(member) = self.members.get_mut(usize::try_from(index)?)
+                    && self.load.skim(member)?
+                {
+                    member.client.read_udp(now, &mut inbox, &mut member.counter)?;
+                    member.advance(now);
                 }
             }
             while let Ok(input) = queue.try_recv() {
