@@ -47,6 +47,17 @@ pub fn replace(checksum: [u8; 2], old: [u8; 2], new: [u8; 2]) -> [u8; 2] {
     finish([inverted(checksum), inverted(old), new].iter().map(|word| sum(word)).sum())
 }
 
+/// The checksum field after a part of what it covers changed: `old` and `new` are [`sum`]s of that part, before and
+/// after (RFC 1624, equation 3, for any number of words).
+///
+/// The part begins at an even offset. As with [`replace`], a wrong checksum stays wrong.
+#[inline]
+pub fn update(checksum: [u8; 2], old: u64, new: u64) -> [u8; 2] {
+    let [a, b] = checksum;
+    let [c, d] = fold(old);
+    finish(sum(&[!a, !b]) + sum(&[!c, !d]) + new)
+}
+
 /// The sum over the pseudo-header of `len` bytes of `protocol` between the addresses of an IP header.
 ///
 /// `addresses` are the source and destination as they stand in the header (8 or 32 bytes).
@@ -111,6 +122,26 @@ mod tests {
             bytes[..2].copy_from_slice(&word.to_be_bytes());
             checksum = replace(checksum, old, [bytes[0], bytes[1]]);
             assert_eq!(checksum, finish(sum(&bytes)), "{word:04x}");
+        }
+    }
+
+    #[test]
+    fn an_updated_part_is_as_if_the_whole_were_summed_again() {
+        let mut state = 7_u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state.to_be_bytes()[0]
+        };
+        for round in 0..2000_usize {
+            let mut bytes: Vec<u8> = (0..40).map(|_| random()).collect();
+            let before = finish(sum(&bytes));
+            let part = 2 * (round % 8)..2 * (round % 8) + 4 + round % 19;
+            let old = sum(&bytes[part.clone()]);
+            bytes[part.clone()].fill_with(|| if round % 3 == 0 { 0xff } else { random() });
+            let new = sum(&bytes[part]);
+            assert_eq!(update(before, old, new), finish(sum(&bytes)), "round {round}");
+            let [high, low] = before;
+            assert_ne!(update([high ^ 0x10, low], old, new), finish(sum(&bytes)), "wrong stays wrong");
         }
     }
 

@@ -54,14 +54,24 @@ pub struct Embedded {
     pub src: IpAddr,
     /// Its destination.
     pub dst: IpAddr,
+    /// Its transport protocol number.
+    pub protocol: u8,
+    /// Where its transport header begins, counted from the start of the packet around it.
+    pub transport_at: usize,
+    /// Its length by its own header, in bytes; less of it may be there.
+    pub total: usize,
 }
 
-const ICMP: u8 = 1;
-const TCP: u8 = 6;
-const UDP: u8 = 17;
-const ICMPV6: u8 = 58;
+/// Protocol numbers.
+pub(super) const ICMP: u8 = 1;
+pub(super) const TCP: u8 = 6;
+pub(super) const UDP: u8 = 17;
+pub(super) const ICMPV6: u8 = 58;
 
-/// Reads a packet. The error is the reason to drop it.
+/// Reads a packet.
+///
+/// # Errors
+/// The reason to drop it.
 #[inline]
 pub fn view(packet: &[u8]) -> Result<Inner, DropReason> {
     if packet.len() > MAX_INNER {
@@ -85,7 +95,8 @@ pub fn embedded(packet: &[u8], inner: &Inner) -> Option<Embedded> {
     if inner.transport != Transport::IcmpError {
         return None;
     }
-    let body = packet.get(inner.transport_at + 8..)?;
+    let body_at = inner.transport_at + 8;
+    let body = packet.get(body_at..)?;
     let header = network(body).ok().filter(|h| h.src.is_ipv4() == inner.src.is_ipv4())?;
     let transport = body.get(header.transport_at..)?;
     match (header.protocol, header.src.is_ipv4()) {
@@ -94,7 +105,13 @@ pub fn embedded(packet: &[u8], inner: &Inner) -> Option<Embedded> {
         (ICMP, false) | (ICMPV6, true) => return None,
         _ => (transport.len() >= 4).then_some(())?,
     }
-    Some(Embedded { src: header.src, dst: header.dst })
+    Some(Embedded {
+        src: header.src,
+        dst: header.dst,
+        protocol: header.protocol,
+        transport_at: body_at + header.transport_at,
+        total: header.total,
+    })
 }
 
 struct Network {
