@@ -305,3 +305,6 @@ fn is_poor(code: ResponseCode) -> bool {
         ResponseCode::FormErr | ResponseCode::ServFail | ResponseCode::NotImp | ResponseCode::Refused
     )
 }
+
+#[cfg(test)]
+pub mod tests;

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! All of it runs on a thread of its own: a client that floods its DNS server must not delay the answers that ICE and
-//! the portal wait for. Nothing here knows resources or clients; a client is a source address, which the workers have
+//! the portal wait for, nor packets. Nothing here knows resources or clients; a client is a source address, which the workers have
 //! checked.
 
 mod connections;
@@ -47,6 +47,9 @@ const BIND_PAUSE: Duration = Duration::from_millis(100);
 /// How often the counters are written to the log, if they changed.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How much the thread stands back behind workers and the control thread where they share a core, as in nice(2).
+const NICE: i32 = 5;
+
 /// The servers' thread, from outside. It ends when this is dropped.
 #[derive(Debug, Clone)]
 pub struct Handle {
@@ -72,7 +75,11 @@ pub fn start(mark: u32) -> Result<Handle> {
         .context("Cannot start the DNS servers' runtime")?;
     thread::Builder::new()
         .name("dns".to_owned())
-        .spawn(move || LocalSet::new().block_on(&tokio, run(mark, arriving)))
+        .spawn(move || {
+            // Packets first. Of the calling thread, on Linux; being refused is no harm.
+            let _ = rustix::process::nice(NICE);
+            LocalSet::new().block_on(&tokio, run(mark, arriving));
+        })
         .context("Cannot start the DNS servers' thread")?;
     Ok(Handle { orders })
 }
@@ -108,7 +115,10 @@ async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
                 }
                 None => break,
             },
-            _ = look.tick() => look_at(&mut resolv_conf, &forwarder),
+            _ = look.tick() => {
+                look_at(&mut resolv_conf, &forwarder);
+                servers.revive();
+            }
             _ = report.tick() => forwarder.stats.report(),
         }
     }
@@ -136,6 +146,8 @@ fn look_at(resolv_conf: &mut ResolvConf, forwarder: &Forwarder) {
 struct Servers {
     udp: Vec<udp::Server>,
     tcp: Vec<tcp::Server>,
+    /// Where they must listen; they do, but for one that died since the last look.
+    wanted: BTreeSet<SocketAddr>,
     forwarder: Rc<Forwarder>,
     connections: tcp::Open,
 }
@@ -143,7 +155,7 @@ struct Servers {
 impl Servers {
     fn new(forwarder: Rc<Forwarder>) -> Self {
         let connections = Rc::new(RefCell::new(Connections::new()));
-        Self { udp: Vec::new(), tcp: Vec::new(), forwarder, connections }
+        Self { udp: Vec::new(), tcp: Vec::new(), wanted: BTreeSet::new(), forwarder, connections }
     }
 
     async fn listen(&mut self, addresses: &BTreeSet<SocketAddr>) -> Result<()> {
@@ -156,7 +168,10 @@ impl Servers {
         }
         for attempt in 1.. {
             match addresses.iter().try_for_each(|address| self.bind(*address)) {
-                Ok(()) => break,
+                Ok(()) => {
+                    self.wanted.clone_from(addresses);
+                    break;
+                }
                 Err(e) if attempt == BIND_ATTEMPTS => return Err(e),
                 Err(e) => {
                     tracing::debug!(attempt, "{e:#}");
@@ -165,6 +180,22 @@ impl Servers {
             }
         }
         Ok(())
+    }
+
+    /// One query that brings a server down must not end the service.
+    fn revive(&mut self) {
+        let before = self.udp.len() + self.tcp.len();
+        self.udp.retain(udp::Server::is_running);
+        self.tcp.retain(tcp::Server::is_running);
+        if self.udp.len() + self.tcp.len() < before {
+            tracing::warn!("A DNS server ended by an error of its own; starting it again");
+        }
+        // Those that run are not touched; what fails is tried at the next look.
+        for address in self.wanted.clone() {
+            if let Err(e) = self.bind(address) {
+                tracing::debug!("{e:#}");
+            }
+        }
     }
 
     /// What is bound already stays so.
@@ -190,3 +221,6 @@ impl Servers {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,11 +5,8 @@ use std::{cell::RefCell, io, net::SocketAddr, rc::Rc, time::Duration};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{
-        TcpListener, TcpStream,
-        tcp::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
     sync::Notify,
     task::{JoinHandle, JoinSet, spawn_local},
     time::{Instant, sleep_until, timeout},
@@ -65,6 +62,11 @@ impl Server {
     /// Where it listens.
     pub fn local(&self) -> SocketAddr {
         self.local
+    }
+
+    /// Whether it still does. Nothing but a panic ends it before [`Server::close`].
+    pub fn is_running(&self) -> bool {
+        !self.task.is_finished()
     }
 
     /// Frees the address and closes all connections.
@@ -150,7 +152,7 @@ impl Connection {
         tracing::debug!(client = %self.client, ?end, "A DNS connection ended");
     }
 
-    async fn converse(&self, mut reader: OwnedReadHalf, mut writer: OwnedWriteHalf) -> End {
+    async fn converse(&self, mut reader: impl AsyncRead + Unpin, mut writer: impl AsyncWrite + Unpin) -> End {
         let mut received = Vec::new();
         let mut running = FuturesUnordered::new();
         // Since when nothing happened: for the message that is not complete, or for the connection.
@@ -247,7 +249,7 @@ fn take_message(received: &mut Vec<u8>) -> Option<Vec<u8>> {
     (received.len() >= length).then(|| received.drain(..length).skip(2).collect())
 }
 
-async fn write(writer: &mut OwnedWriteHalf, message: &[u8]) -> Result<(), End> {
+async fn write(writer: &mut (impl AsyncWrite + Unpin), message: &[u8]) -> Result<(), End> {
     match timeout(WRITE_LIMIT, writer.write_all(&framed(message))).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(_)) => Err(End::Broken),
@@ -264,3 +266,6 @@ async fn expire(deadline: Option<(Instant, End)>) -> End {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,6 +46,11 @@ impl Server {
         self.local
     }
 
+    /// Whether it still does. Nothing but a panic ends it before [`Server::close`].
+    pub fn is_running(&self) -> bool {
+        !self.task.is_finished()
+    }
+
     /// Frees the address. Answers to queries in flight are lost.
     pub async fn close(self) {
         self.task.abort();

@@ -4,7 +4,7 @@ use std::{cell::RefCell, io, net::SocketAddr};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::{TcpSocket, UdpSocket},
 };
 
@@ -43,7 +43,10 @@ impl Upstream {
         let id = rand::random();
         socket.send(&query.with_id(id)).await?;
         loop {
-            socket.readable().await?;
+            // An ICMP error is no reading matter, but it ends the waiting.
+            if socket.ready(Interest::READABLE | Interest::ERROR).await?.is_error() {
+                return Err(socket.take_error()?.unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into()));
+            }
             let mut scratch = self.scratch.borrow_mut();
             let length = match socket.try_recv(&mut scratch) {
                 Ok(length) => length,

@@ -1,0 +1,107 @@
+//! All servers together, on loopback.
+
+use std::net::UdpSocket;
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use super::{upstream::framed, *};
+
+/// 127.0.53.`last`, on a port that nobody else has there.
+fn address(last: u8, port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 53, last], port))
+}
+
+fn free_port() -> u16 {
+    UdpSocket::bind((std::net::Ipv4Addr::from([127, 0, 53, 99]), 0)).unwrap().local_addr().unwrap().port()
+}
+
+async fn asks_tcp(stream: &mut TcpStream) -> bool {
+    let query = framed(&forward::tests::query(None).with_id(1));
+    stream.write_all(&query).await.is_ok() && stream.read_u16().await.is_ok_and(|length| length == 32)
+        // The answer, so that the next length is where it is expected.
+        && stream.read_exact(&mut [0; 32]).await.is_ok()
+}
+
+async fn asks_udp(server: SocketAddr) -> bool {
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(server).await.unwrap();
+    socket.send(&forward::tests::query(None).with_id(7)).await.unwrap();
+    let mut answer = [0; 512];
+    matches!(
+        tokio::time::timeout(Duration::from_secs(2), socket.recv(&mut answer)).await,
+        Ok(Ok(32)) if answer[..2] == [0, 7]
+    )
+}
+
+#[tokio::test]
+async fn what_did_not_change_is_not_touched() {
+    LocalSet::new()
+        .run_until(async {
+            let port = free_port();
+            let [one, two, three] = [1, 2, 3].map(|last| address(last, port));
+            let mut servers = Servers::new(Forwarder::new(None));
+            servers.listen(&BTreeSet::from([one, two])).await.unwrap();
+            let mut to_one = TcpStream::connect(one).await.unwrap();
+            let mut to_two = TcpStream::connect(two).await.unwrap();
+            assert!(asks_tcp(&mut to_one).await && asks_tcp(&mut to_two).await);
+            assert!(asks_udp(one).await && asks_udp(two).await);
+            // The same again.
+            servers.listen(&BTreeSet::from([two, one])).await.unwrap();
+            assert!(asks_tcp(&mut to_one).await && asks_tcp(&mut to_two).await);
+            // Another instead of the first.
+            servers.listen(&BTreeSet::from([two, three])).await.unwrap();
+            assert!(!asks_tcp(&mut to_one).await && asks_tcp(&mut to_two).await);
+            assert!(!asks_udp(one).await && asks_udp(two).await && asks_udp(three).await);
+            // And back: the address is free at once, whatever became of its connections.
+            servers.listen(&BTreeSet::from([one])).await.unwrap();
+            assert!(asks_udp(one).await && !asks_udp(two).await);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn an_address_that_comes_late_is_waited_for_and_one_that_is_not_there_is_named() {
+    LocalSet::new()
+        .run_until(async {
+            let port = free_port();
+            let (free, taken) = (address(4, port), address(5, port));
+            let holder = UdpSocket::bind(taken).unwrap();
+            let mut servers = Servers::new(Forwarder::new(None));
+            let both = BTreeSet::from([free, taken]);
+            let later = async {
+                tokio::time::sleep(BIND_PAUSE * 3 / 2).await;
+                drop(holder);
+            };
+            let (result, ()) = tokio::join!(servers.listen(&both), later);
+            result.unwrap();
+            assert!(asks_udp(taken).await);
+
+            // TEST-NET-1 is no address of this machine.
+            let nowhere = SocketAddr::from(([192, 0, 2, 1], port));
+            let error = servers.listen(&BTreeSet::from([nowhere])).await.unwrap_err().to_string();
+            assert!(error.starts_with(&format!("Cannot listen on {nowhere} over UDP: ")), "{error}");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_server_that_died_comes_back() {
+    LocalSet::new()
+        .run_until(async {
+            let own = address(6, free_port());
+            let mut servers = Servers::new(Forwarder::new(None));
+            servers.listen(&BTreeSet::from([own])).await.unwrap();
+            servers.revive();
+            assert_eq!((servers.udp.len(), servers.tcp.len()), (1, 1), "nothing to do");
+            servers.udp.remove(0).close().await;
+            servers.tcp.remove(0).close().await;
+            assert!(!asks_udp(own).await);
+            servers.revive();
+            assert!(asks_udp(own).await);
+            assert!(asks_tcp(&mut TcpStream::connect(own).await.unwrap()).await);
+        })
+        .await;
+}
