@@ -393,18 +393,20 @@ impl Allocation {
             State::Unallocated { retry_at, .. } => *retry_at,
             State::Searching | State::Failed => None,
         };
-        [own, self.requests.poll_timeout(), self.channels.poll_timeout()].into_iter().flatten().min()
+        // What outlives an allocation waits for the next one.
+        let channels = self.channels.poll_timeout().filter(|_| matches!(self.state, State::Allocated { .. }));
+        [own, self.requests.poll_timeout(), channels].into_iter().flatten().min()
     }
 
     /// Withdraws what the allocation gave, forgets channels and requests (connections.md section 8.4, 437).
-    pub(super) fn invalidate(&mut self, out: &mut Out) {
+    pub(super) fn invalidate(&mut self, now: Instant, out: &mut Out) {
         self.requests.clear();
         for number in self.pace.clear() {
             if let Some((peer, why)) = self.channels.peer(number) {
                 self.buffer(peer, why);
             }
         }
-        let open = self.channels.clear();
+        let open = self.channels.clear(now);
         let State::Allocated { active, granted } = &self.state else { return };
         let (active, relayed) = (*active, granted.relayed);
         for addr in relayed.into_iter().flatten() {
@@ -428,7 +430,7 @@ impl Allocation {
 
     /// Invalidates and sends `request` (ALLOCATE, or the REFRESH that clears the way for it).
     fn allocate_again(&mut self, request: Request, now: Instant, out: &mut Out) {
-        self.invalidate(out);
+        self.invalidate(now, out);
         if let State::Unallocated { active, .. } = &self.state {
             let server = active.server;
             self.request(request, server, LADDER, now, out);
@@ -443,8 +445,8 @@ impl Allocation {
         }
     }
 
-    fn give_up(&mut self, out: &mut Out) {
-        self.invalidate(out);
+    fn give_up(&mut self, now: Instant, out: &mut Out) {
+        self.invalidate(now, out);
         self.state = State::Failed;
     }
 
@@ -466,7 +468,7 @@ impl Allocation {
         }
         if self.active_server() == Some(pending.dst) {
             tracing::debug!(relay = %self.id, request = ?pending.request.method(), "Relay does not respond");
-            self.invalidate(out);
+            self.invalidate(now, out);
             self.state = State::Searching;
         }
     }

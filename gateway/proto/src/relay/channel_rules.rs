@@ -183,7 +183,7 @@ fn exhaustion_is_counted_and_harms_nobody_else() {
     let late = addr("192.0.2.1:2");
     world.relays.bind(id(0), late, Use::Nominated, world.now);
     assert_eq!(world.relays.channel(id(0), late, world.now), None);
-    world.run(secs(900));
+    world.run(super::channels::REUSE);
     assert!(world.relays.channel(id(0), late, world.now).is_some());
     assert!(world.twins[0].sins.is_empty(), "{:?}", world.twins[0].sins);
 }

@@ -6,12 +6,17 @@
 //! the relay may send on it as soon as it has accepted the bind, and what it sends may overtake the success.
 //!
 //! ```text
-//!            bind sent              success             600 s, or not refreshed      900 s after the last
+//!            bind sent              success             600 s, or not refreshed      910 s after the last
 //!   (free) -----------> Binding ---------------> Bound ------------------------> Lapsed ----------------> (free)
-//!                          |         240 s, in use ^ |  refresh              ^       | wanted again
-//!                          | refused               +-+                       +- Rebinding <-+
-//!                          +------------> Refused (number kept from others, peer backed off)
+//!                          |         240 s, in use ^ |  refresh              ^       | wanted again         ^
+//!                          | refused               +-+                       +- Rebinding <-+               |
+//!                          +------------> Refused -- wanted again after 30 s -------^   910 s after the last+
 //! ```
+//!
+//! A peer keeps its number until that is free, whatever the server said: an earlier copy of a bind that was refused or
+//! lost may have been accepted, and a server refuses a peer it holds under another number (RFC 8656 section 12.2).
+//! For the same reason a number is Kept when the allocation goes while its bind may be on the way: the bind may arrive
+//! after the next allocation was granted.
 
 use std::{
     collections::BTreeSet,
@@ -33,8 +38,11 @@ const RESERVE: usize = COUNT / 8;
 pub(super) const LIFETIME: Duration = Duration::from_secs(600);
 /// Refresh of a channel in use: below the 300 s a permission lives (RFC 8656 section 9), with room for a repetition.
 pub(super) const REFRESH: Duration = Duration::from_secs(240);
-/// No other peer gets the number before this time after its last bind (RFC 8656 section 12: lifetime + 5 min).
-pub(super) const REUSE: Duration = Duration::from_secs(900);
+/// No other peer gets the number before this time after its last bind was sent (RFC 8656 section 12: lifetime + 5 min).
+/// The server counts from its arrival.
+pub(super) const REUSE: Duration = Duration::from_secs(900).saturating_add(IN_FLIGHT);
+/// A bind does not arrive later than this: more than the whole ladder of repetitions takes.
+const IN_FLIGHT: Duration = Duration::from_secs(10);
 /// A peer the server refused is not asked for again before this: checks would repeat it every 250 ms.
 const BACKOFF: Duration = Duration::from_secs(30);
 
@@ -50,6 +58,8 @@ struct Channel {
     used: bool,
     /// When the last bind was sent or the last data came.
     touched: Instant,
+    /// When the last bind was sent.
+    bind_sent: Option<Instant>,
     state: State,
     due: Option<Instant>,
 }
@@ -57,10 +67,17 @@ struct Channel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Binding,
-    Bound { since: Instant, refreshing: bool },
+    Bound {
+        since: Instant,
+        refreshing: bool,
+    },
     Lapsed,
     Rebinding,
-    Refused { at: Instant },
+    Refused {
+        at: Instant,
+    },
+    /// Of a former allocation, whose late bind this one may have taken.
+    Kept,
 }
 
 /// The outcome of asking for a channel.
@@ -112,13 +129,11 @@ impl Channels {
         channel.why = if channel.released { why } else { channel.why.max(why) };
         channel.released = false;
         match channel.state {
-            State::Refused { at } if now >= at + BACKOFF => {
-                self.by_peer.remove(&peer);
-                self.take(peer, why, now)
-            }
-            State::Refused { .. } | State::Binding | State::Rebinding => Wanted::Nothing,
-            State::Lapsed => {
-                channel.state = State::Rebinding;
+            State::Refused { at } if now < at + BACKOFF => Wanted::Nothing,
+            State::Binding | State::Rebinding => Wanted::Nothing,
+            State::Refused { .. } | State::Lapsed | State::Kept => {
+                let is_new = channel.state == State::Kept;
+                channel.state = if is_new { State::Binding } else { State::Rebinding };
                 self.set_due(number, None);
                 Wanted::Bind(number)
             }
@@ -144,6 +159,7 @@ impl Channels {
             open: false,
             used: false,
             touched: now,
+            bind_sent: None,
             state: State::Binding,
             due: None,
         };
@@ -160,7 +176,7 @@ impl Channels {
     }
 
     /// All numbers are taken and a nominated path has none: the merely signalled channel that was touched longest
-    /// ago is not refreshed any more. Its number is free 900 s after its last bind: earlier the server would refuse it.
+    /// ago is not refreshed any more. Its number is free [`REUSE`] after its last bind: earlier the server would refuse it.
     pub(super) fn give_up_a_signalled_one(&mut self) {
         let signalled = self.by_number.values_mut().filter(|c| c.why == Use::Signalled && !c.released);
         if let Some(channel) = signalled.min_by_key(|c| c.touched) {
@@ -175,7 +191,7 @@ impl Channels {
         match channel.state {
             State::Binding => channel.open.then_some(number),
             State::Bound { since, .. } => (now < since + LIFETIME).then_some(number),
-            State::Lapsed | State::Rebinding | State::Refused { .. } => None,
+            State::Lapsed | State::Rebinding | State::Refused { .. } | State::Kept => None,
         }
     }
 
@@ -184,6 +200,7 @@ impl Channels {
     pub(super) fn on_bind_sent(&mut self, number: u16, now: Instant) -> Option<SocketAddr> {
         let channel = self.by_number.get_mut(&number)?;
         channel.touched = now;
+        channel.bind_sent = Some(now);
         (!std::mem::replace(&mut channel.open, true)).then_some(channel.peer)
     }
 
@@ -223,7 +240,7 @@ impl Channels {
                 self.set_due(number, Some(free_at.max(now + BACKOFF)));
                 return was_open.then_some(peer);
             }
-            State::Lapsed | State::Refused { .. } => {}
+            State::Lapsed | State::Refused { .. } | State::Kept => {}
         }
         None
     }
@@ -237,7 +254,7 @@ impl Channels {
         }
         match channel.state {
             State::Bound { .. } => self.refresh_if_late(number, now),
-            State::Lapsed if received => {
+            State::Lapsed | State::Refused { .. } | State::Kept if received => {
                 let free_at = channel.touched + REUSE;
                 self.set_due(number, Some(free_at));
                 Wanted::Nothing
@@ -267,9 +284,9 @@ impl Channels {
                 *refreshing = false;
                 return;
             }
-            State::Binding => channel.touched,
-            State::Rebinding => channel.touched + REUSE,
-            State::Lapsed | State::Refused { .. } => return,
+            State::Binding if channel.bind_sent.is_none() => channel.touched,
+            State::Binding | State::Rebinding => channel.touched + REUSE,
+            State::Lapsed | State::Refused { .. } | State::Kept => return,
         };
         channel.state = State::Lapsed;
         self.set_due(number, Some(free_at));
@@ -292,12 +309,29 @@ impl Channels {
 
     /// The allocation is gone and all channels with it. Those that were open, in order of number.
     ///
-    /// Numbers go on from where they were, so that a late packet does not meet another peer's channel.
-    pub(super) fn clear(&mut self) -> Vec<(u16, SocketAddr)> {
-        self.by_peer.clear();
+    /// A bind that is still on its way may arrive after the next allocation was granted, and then counts there: its peer
+    /// keeps its number. The others go on from where they were, so that late data does not meet another peer's channel.
+    pub(super) fn clear(&mut self, now: Instant) -> Vec<(u16, SocketAddr)> {
+        let mut gone = Vec::new();
+        let mut kept = Vec::new();
+        self.by_number.retain(|number, channel| {
+            let was_open = std::mem::take(&mut channel.open);
+            if was_open {
+                gone.push((*number, channel.peer));
+            }
+            let keep = channel.bind_sent.is_some_and(|at| now < at + IN_FLIGHT);
+            if keep {
+                channel.state = State::Kept;
+                kept.push((*number, channel.touched + REUSE));
+            } else {
+                self.by_peer.remove(&channel.peer);
+            }
+            keep
+        });
         self.due.clear();
-        let open = |(number, channel): (u16, Channel)| channel.open.then_some((number, channel.peer));
-        let mut gone: Vec<_> = self.by_number.drain().filter_map(open).collect();
+        for (number, free_at) in kept {
+            self.set_due(number, Some(free_at));
+        }
         gone.sort_unstable();
         gone
     }
@@ -326,12 +360,10 @@ impl Channels {
                     self.set_due(number, (!refreshing).then_some(free_at));
                     return Some(Due::Gone(number, peer));
                 }
-                State::Lapsed | State::Refused { .. } => {
+                State::Lapsed | State::Refused { .. } | State::Kept => {
                     self.set_due(number, None);
                     self.by_number.remove(&number);
-                    if self.by_peer.get(&peer) == Some(&number) {
-                        self.by_peer.remove(&peer);
-                    }
+                    self.by_peer.remove(&peer);
                     return Some(Due::Free);
                 }
                 State::Binding | State::Rebinding => self.set_due(number, None),
@@ -437,8 +469,8 @@ mod tests {
         assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(number, peer(2))));
         assert_eq!(channels.want(peer(2), Use::Checked, t + secs(600)), Wanted::Bind(number));
         channels.withdraw(number);
-        assert_eq!(channels.pop_due(t + secs(1140)), None);
-        assert_eq!(channels.pop_due(t + secs(1141)), Some(Due::Free), "900 s after its last data");
+        assert_eq!(channels.pop_due(t + secs(240) + REUSE), None);
+        assert_eq!(channels.pop_due(t + secs(241) + REUSE), Some(Due::Free), "counted from its last data");
     }
 
     #[test]
@@ -479,17 +511,17 @@ mod tests {
     }
 
     #[test]
-    fn a_number_serves_another_peer_900_s_after_its_last_bind_and_data() {
+    fn a_number_serves_another_peer_when_it_is_free_for_sure_after_its_last_bind_and_data() {
         let t = start();
         let mut channels = Channels::default();
         let first = bound(&mut channels, 1, Use::Checked, t);
         assert_eq!(channels.pop_due(t + secs(600)), Some(Due::Gone(first, peer(1))));
         assert_eq!(channels.on_used(first, true, t + secs(700)), Wanted::Nothing);
-        assert_eq!(channels.pop_due(t + secs(900)), None);
-        assert_eq!(channels.poll_timeout(), Some(t + secs(1600)));
-        assert_eq!(channels.pop_due(t + secs(1600)), Some(Due::Free));
+        assert_eq!(channels.pop_due(t + REUSE), None);
+        assert_eq!(channels.poll_timeout(), Some(t + secs(700) + REUSE));
+        assert_eq!(channels.pop_due(t + secs(700) + REUSE), Some(Due::Free));
         channels.next = FIRST;
-        assert_eq!(channels.want(peer(2), Use::Checked, t + secs(1600)), Wanted::Bind(first));
+        assert_eq!(channels.want(peer(2), Use::Checked, t + secs(700) + REUSE), Wanted::Bind(first));
     }
 
     #[test]
@@ -519,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_peer_is_left_alone_for_30_s_and_its_number_for_900_s() {
+    fn a_refused_peer_is_left_alone_for_30_s_and_keeps_its_number_until_nobody_can_hold_it() {
         let t = start();
         let mut channels = Channels::default();
         assert_eq!(channels.want(peer(1), Use::Checked, t), Wanted::Bind(0x4000));
@@ -528,15 +560,35 @@ mod tests {
         assert_eq!(channels.on_refused(0x4000, t), None, "once");
         assert_eq!(channels.sendable(peer(1), t), None);
         assert_eq!(channels.want(peer(1), Use::Checked, t + secs(29)), Wanted::Nothing);
-        assert_eq!(channels.want(peer(1), Use::Checked, t + secs(30)), Wanted::Bind(0x4001));
-        channels.on_bind_sent(0x4001, t + secs(30));
-        assert_eq!(channels.pop_due(t + secs(899)), None);
-        assert_eq!(channels.pop_due(t + secs(900)), Some(Due::Free));
-        assert_eq!(
-            channels.sendable(peer(1), t + secs(900)),
-            Some(0x4001),
-            "the old number takes nothing with it"
-        );
+        // A copy of the refused bind may have been accepted, so it is the same number that is asked for.
+        for again in (30..1500).step_by(30) {
+            let now = t + secs(again);
+            assert_eq!(channels.want(peer(1), Use::Checked, now), Wanted::Bind(0x4000), "at {again}");
+            assert_eq!(channels.want(peer(1), Use::Checked, now), Wanted::Nothing, "one bind at a time");
+            assert_eq!(channels.pop_due(now + REUSE), None, "it is not free while its bind is in flight");
+            channels.on_bind_sent(0x4000, now);
+            assert_eq!(channels.on_refused(0x4000, now), Some(peer(1)));
+        }
+        let last = t + secs(1470);
+        channels.on_used(0x4000, true, last + secs(5));
+        assert_eq!(channels.poll_timeout(), Some(last + secs(5) + REUSE), "somebody does hold it");
+        assert_eq!(channels.pop_due(last + secs(5) + REUSE), Some(Due::Free));
+        assert_eq!(channels.want(peer(1), Use::Checked, last + secs(5) + REUSE), Wanted::Bind(0x4001));
+    }
+
+    #[test]
+    fn a_refused_refresh_gets_its_number_back() {
+        let t = start();
+        let mut channels = Channels::default();
+        let number = bound(&mut channels, 1, Use::Nominated, t);
+        assert_eq!(channels.pop_due(t + secs(240)), Some(Due::Refresh(number)));
+        channels.on_bind_sent(number, t + secs(240));
+        assert_eq!(channels.on_refused(number, t + secs(241)), Some(peer(1)));
+        assert_eq!(channels.want(peer(1), Use::Nominated, t + secs(271)), Wanted::Bind(number));
+        assert_eq!(channels.sendable(peer(1), t + secs(271)), None, "it waits for the success");
+        channels.on_bind_sent(number, t + secs(271));
+        assert_eq!(channels.on_bound(number, t + secs(272)), Some((peer(1), false)));
+        assert_eq!(channels.sendable(peer(1), t + secs(272)), Some(number));
     }
 
     #[test]
@@ -549,9 +601,34 @@ mod tests {
             channels.on_bind_sent(number, t);
         }
         channels.on_refused(0x4002, t);
-        assert_eq!(channels.clear(), [(0x4000, peer(1)), (0x4001, peer(2))]);
+        assert_eq!(channels.want(peer(4), Use::Checked, t), Wanted::Bind(0x4003), "which is not sent");
+        assert_eq!(channels.clear(t + IN_FLIGHT), [(0x4000, peer(1)), (0x4001, peer(2))]);
         assert_eq!(channels.poll_timeout(), None);
-        assert_eq!(channels.want(peer(2), Use::Checked, t), Wanted::Bind(0x4003));
+        assert_eq!(channels.want(peer(2), Use::Checked, t + IN_FLIGHT), Wanted::Bind(0x4004));
+    }
+
+    #[test]
+    fn a_peer_whose_bind_may_reach_the_next_allocation_keeps_its_number() {
+        let t = start();
+        let just_before = t + IN_FLIGHT - Duration::from_millis(1);
+        let mut channels = Channels::default();
+        bound(&mut channels, 1, Use::Nominated, t);
+        for n in 2..=4 {
+            assert!(matches!(channels.want(peer(n), Use::Checked, t), Wanted::Bind(_)), "{n}");
+            if n < 4 {
+                channels.on_bind_sent(FIRST + u16::try_from(n).unwrap() - 1, t);
+            }
+        }
+        channels.on_refused(0x4002, t);
+        assert_eq!(channels.clear(just_before), [(0x4000, peer(1)), (0x4001, peer(2))]);
+        assert_eq!(channels.clear(just_before), [], "once");
+        for (n, number) in [(1, 0x4000), (2, 0x4001), (3, 0x4002), (4, 0x4004)] {
+            assert_eq!(channels.sendable(peer(n), just_before), None, "{n}");
+            assert_eq!(channels.want(peer(n), Use::Checked, just_before), Wanted::Bind(number), "{n}");
+        }
+        // Whom nobody wants again.
+        channels.withdraw(0x4001);
+        assert_eq!(channels.poll_timeout(), Some(t + REUSE));
     }
 
     #[test]

@@ -106,16 +106,16 @@ impl Relays {
     pub fn update(&mut self, disconnected: &[RelayId], connected: &[messages::Relay], now: Instant) {
         let had_any = !self.relays.is_empty();
         for id in disconnected {
-            self.remove(*id);
+            self.remove(*id, now);
         }
         let connected = merge(connected);
         for (id, servers) in &connected {
-            self.evict_from(servers, *id);
+            self.evict_from(servers, *id, now);
             let known = self.relays.iter_mut().find(|relay| relay.id() == *id);
             if known.is_some_and(|relay| relay.adopt(servers, now, &mut self.out)) {
                 continue;
             }
-            self.remove(*id);
+            self.remove(*id, now);
             let relay = Allocation::start(*id, servers.clone(), now, &mut self.out);
             self.relays.push(relay);
         }
@@ -322,20 +322,20 @@ impl Relays {
     }
 
     /// One address is one server: whoever the portal names last has it (a relay that restarts gets a new id).
-    fn evict_from(&mut self, servers: &Servers, new: RelayId) {
+    fn evict_from(&mut self, servers: &Servers, new: RelayId, now: Instant) {
         let taken =
             |relay: &Allocation| servers.iter().flatten().any(|s| relay.addresses().any(|a| a == s.addr));
         let evicted: Vec<_> =
             self.relays.iter().filter(|r| r.id() != new && taken(r)).map(Allocation::id).collect();
         for id in evicted {
-            self.remove(id);
+            self.remove(id, now);
         }
     }
 
-    fn remove(&mut self, id: RelayId) {
+    fn remove(&mut self, id: RelayId, now: Instant) {
         let Some(at) = self.relays.iter().position(|relay| relay.id() == id) else { return };
         let mut relay = self.relays.remove(at);
-        relay.invalidate(&mut self.out);
+        relay.invalidate(now, &mut self.out);
         for addr in relay.addresses() {
             if self.removed.len() == REMEMBERED {
                 self.removed.pop_front();
@@ -354,7 +354,7 @@ impl Relays {
         }
         for id in dead {
             tracing::info!(relay = %id, "Relay is gone");
-            self.remove(id);
+            self.remove(id, now);
         }
         self.after_change(had_any, now);
     }

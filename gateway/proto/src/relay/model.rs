@@ -13,14 +13,26 @@ use super::{
 };
 use crate::command::ChannelUse;
 
+/// `GATEWAY_RELAY_SEEDS` sets another number.
+fn seeds() -> std::ops::Range<u64> {
+    0..std::env::var("GATEWAY_RELAY_SEEDS").map_or(300, |n| n.parse().expect("a number"))
+}
+
 #[test]
 fn random_histories_keep_every_invariant() {
-    for seed in 0..60 {
-        run(seed);
+    for seed in seeds() {
+        run(seed, false);
     }
 }
 
-fn run(seed: u64) {
+#[test]
+fn random_histories_with_crowds_keep_every_invariant() {
+    for seed in seeds() {
+        run(seed, true);
+    }
+}
+
+fn run(seed: u64, crowds: bool) {
     let mut rng = StdRng::seed_from_u64(seed);
     let flavor = |n: u64| if n.is_multiple_of(2) { Flavor::Firezone } else { Flavor::Coturn };
     let twins = vec![
@@ -31,6 +43,9 @@ fn run(seed: u64) {
     let mut ledger = Ledger::default();
     world.connect(&[0, 1]);
     for step in 0..120 {
+        if crowds && step % 16 == 0 {
+            crowd(&mut world, step / 16 % 2);
+        }
         act(&mut world, &mut rng);
         world.pump();
         let time = match rng.random_range(0..10) {
@@ -70,6 +85,19 @@ fn run(seed: u64) {
             world.relays.channel(id(n), peer, world.now).is_some(),
             "seed {seed}: relay {n} binds nothing"
         );
+    }
+}
+
+/// More at once than a relay's window, some of whom leave at once.
+fn crowd(world: &mut World, relay: u8) {
+    let relay = id(u128::from(relay));
+    for n in 0..40 {
+        let peer = addr(&format!("192.0.3.{n}:4000"));
+        let why = [Use::Signalled, Use::Checked, Use::Nominated][n % 3];
+        world.relays.bind(relay, peer, why, world.now);
+        if n % 5 == 4 {
+            world.relays.release(relay, peer);
+        }
     }
 }
 

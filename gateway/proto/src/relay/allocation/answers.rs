@@ -149,7 +149,7 @@ impl Allocation {
         let rejected = refusal.code == 401 && copy.nonce != 0;
         if rejected && authentic {
             tracing::warn!(relay = %self.id, "Relay refuses our credentials; waiting for the portal to send others");
-            return self.give_up(out);
+            return self.give_up(now, out);
         }
         let Some(pending) = self.requests.get_mut(key) else { return };
         let repeat = pending.challenges < MAX_CHALLENGES && (!rejected || pending.rejections == 0);
@@ -174,7 +174,7 @@ impl Allocation {
         }
         if rejected {
             tracing::warn!(relay = %self.id, "Relay refuses our credentials; waiting for the portal to send others");
-            return self.give_up(out);
+            return self.give_up(now, out);
         }
         if let Some(pending) = self.requests.remove(key) {
             self.on_other_error(&pending, refusal.code, now, out);
@@ -257,7 +257,7 @@ impl Allocation {
             }
             (420, _) => {
                 tracing::warn!(relay = %self.id, "Relay does not know an attribute that every TURN server must know");
-                self.give_up(out);
+                self.give_up(now, out);
             }
             _ => self.on_other_error(pending, code, now, out),
         }
@@ -269,7 +269,7 @@ impl Allocation {
             Request::Bind { number, .. } => self.channels.peer(number),
             _ => None,
         };
-        self.invalidate(out);
+        self.invalidate(now, out);
         let (count, since) = match self.mismatches {
             (count, Some(since)) if now < since + RETRY => (count.saturating_add(1), since),
             _ => (1, now),
