@@ -10,11 +10,15 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
+use rustix::process::{Pid, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::netns;
@@ -83,6 +87,25 @@ pub fn park_if_interrupted() {
     }
 }
 
+/// Starts a process of this program that has a janitor of its own. A signal to this one is passed on to it.
+///
+/// # Errors
+/// If it cannot be started. After a signal none is started, which is `None`.
+pub fn start_run(command: &mut Command) -> Result<Option<Child>> {
+    let mut runs = RUNS.lock().unwrap_or_else(PoisonError::into_inner);
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        return Ok(None);
+    }
+    let child = command.spawn()?;
+    runs.push(child.id());
+    Ok(Some(child))
+}
+
+/// The process `pid` of [`start_run`] was waited for.
+pub fn run_has_ended(pid: u32) {
+    RUNS.lock().unwrap_or_else(PoisonError::into_inner).retain(|run| *run != pid);
+}
+
 /// From now on Ctrl-C is what the user was told to press: exit code 0.
 pub fn ctrl_c_is_the_way_out() {
     INVITED.store(true, Ordering::Relaxed);
@@ -90,6 +113,10 @@ pub fn ctrl_c_is_the_way_out() {
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static INVITED: AtomicBool = AtomicBool::new(false);
+/// Processes of [`start_run`] that were not yet waited for.
+static RUNS: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+/// How long those may take to clean up after a signal; their janitors go on after that.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where a run keeps logs and generated files: `/tmp/gateway-tests-<pid>`.
 pub fn directory(pid: u32) -> PathBuf {
@@ -137,6 +164,7 @@ fn on_signal_clean_and_exit() -> Result<()> {
         });
         INTERRUPTED.store(true, Ordering::Relaxed);
         println!("\nremoving namespaces and processes");
+        end_runs();
         let pid = std::process::id();
         // Twice: a process that was just being started may have entered after the first look.
         netns::remove_run(pid);
@@ -146,4 +174,18 @@ fn on_signal_clean_and_exit() -> Result<()> {
         std::process::exit(if INVITED.load(Ordering::Relaxed) { 0 } else { 130 });
     })?;
     Ok(())
+}
+
+/// Tells the processes of [`start_run`] to end (a terminal has told them already) and waits for whoever waits for them.
+fn end_runs() {
+    let runs = || RUNS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    for pid in runs() {
+        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            let _gone_already = rustix::process::kill_process(pid, Signal::TERM);
+        }
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while !runs().is_empty() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }

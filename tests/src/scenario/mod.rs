@@ -1,4 +1,4 @@
-//! The runner: one table of scenarios, run one after the other, each in a topology of its own.
+//! The runner: one table of scenarios, run one after the other or a few at once ([`pool`]), each in a topology of its own.
 //!
 //! A scenario is a plain function. It runs on a thread of its own, so that its time bound also ends one that hangs; its
 //! processes die with that thread. After each scenario nothing may be left.
@@ -13,6 +13,7 @@ pub mod lab;
 mod links;
 mod network;
 mod paths;
+mod pool;
 mod relays;
 mod start;
 pub mod swarm;
@@ -56,6 +57,8 @@ pub struct Scenario {
     /// What it shows does not depend on the number of workers (the test network itself, the portal, the start), or it is
     /// long: enough to see it once.
     pub once: bool,
+    /// It measures time or throughput, or it fills the machine: no other one beside it.
+    pub alone: bool,
 }
 
 /// How every daemon is started, besides what its scenario says.
@@ -99,6 +102,15 @@ pub struct Arguments {
     /// Only scenarios whose name contains this.
     #[arg(long)]
     pub filter: Option<String>,
+    /// Only the scenario of this name: what `--jobs` starts its processes with.
+    #[arg(long, hide = true)]
+    pub exactly: Option<String>,
+    /// The folder that has the big file already.
+    #[arg(long, hide = true)]
+    pub big: Option<PathBuf>,
+    /// How many scenarios run at once, those excepted that must be alone.
+    #[arg(long, default_value_t = 1)]
+    pub jobs: usize,
     /// Print the names and end.
     #[arg(long)]
     pub list: bool,
@@ -165,9 +177,10 @@ impl std::error::Error for Skip {}
 /// # Errors
 /// If the run itself cannot be set up; a failing scenario is an exit code.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let selected: Vec<&Scenario> = table::SCENARIOS
+    let selected: Vec<&'static Scenario> = table::SCENARIOS
         .iter()
         .filter(|scenario| arguments.filter.as_deref().is_none_or(|filter| scenario.name.contains(filter)))
+        .filter(|scenario| arguments.exactly.as_deref().is_none_or(|name| scenario.name == name))
         .filter(|scenario| scenario.core || !arguments.core)
         .filter(|scenario| !(scenario.once && arguments.again))
         .collect();
@@ -177,7 +190,6 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let gateway = gateway_path(arguments.gateway.as_deref());
     if let Some(reason) = cannot_run() {
         for scenario in &selected {
             println!("skip  {}: {reason}", scenario.name);
@@ -185,9 +197,13 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         println!("\n0 passed, 0 failed, {} skipped", selected.len());
         return Ok(ExitCode::SUCCESS);
     }
+    if arguments.jobs > 1 && selected.len() > 1 {
+        return pool::run(arguments, &selected);
+    }
+    let gateway = gateway_path(arguments.gateway.as_deref());
     let janitor = Janitor::start()?;
     let directory = janitor::directory(std::process::id());
-    let big = BigFile::make(&directory)?;
+    let big = BigFile::make(arguments.big.as_ref().unwrap_or(&directory))?;
     let _load = arguments.load.then(Load::start).transpose()?;
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (index, scenario) in selected.iter().enumerate() {

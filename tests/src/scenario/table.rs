@@ -13,7 +13,15 @@ const fn scenario(
     limit_seconds: u64,
     run: fn(&mut super::Context) -> anyhow::Result<()>,
 ) -> Scenario {
-    Scenario { name, plan, limit: Duration::from_secs(limit_seconds), run, core: false, once: false }
+    Scenario {
+        name,
+        plan,
+        limit: Duration::from_secs(limit_seconds),
+        run,
+        core: false,
+        once: false,
+        alone: false,
+    }
 }
 
 impl Scenario {
@@ -26,9 +34,15 @@ impl Scenario {
         self.once = true;
         self
     }
+
+    const fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
 }
 
-/// In the order in which they run: the network itself first, then what stands on it.
+/// In the order in which they run: the network itself first, then what stands on it. (Side by side, those that must be
+/// alone come last.)
 pub static SCENARIOS: &[Scenario] = &[
     scenario(
         "network: nodes reach the internet, clients do not reach the LAN",
@@ -52,7 +66,7 @@ pub static SCENARIOS: &[Scenario] = &[
     .once(),
     scenario("network: blocked UDP does not pass, a relay does", two_relays::plan, 20, network::blocked_udp)
         .once(),
-    scenario("network: a wire delays and loses", network::wire_plan, 20, network::wire).once(),
+    scenario("network: a wire delays and loses", network::wire_plan, 20, network::wire).once().alone(),
     scenario(
         "operator errors are one sentence with exit code 1 or 2",
         direct::plan,
@@ -97,22 +111,24 @@ pub static SCENARIOS: &[Scenario] = &[
         .core(),
     scenario("the client dies and comes again, relayed", relay_only::plan, 30, paths::client_vanishes),
     scenario("20 ms and 1 % loss: ping and HTTP", paths::lossy_plan, 60, paths::lossy),
-    scenario("a fifth of all packets is lost: TCP", links::fifth_lost_plan, 120, links::fifth_lost),
-    scenario("50 ms: throughput and order", links::far_plan, 120, links::far),
+    scenario("a fifth of all packets is lost: TCP", links::fifth_lost_plan, 120, links::fifth_lost).alone(),
+    scenario("50 ms: throughput and order", links::far_plan, 120, links::far).alone(),
     scenario("refused ports are refused at once", direct::plan, 30, links::refusals).core(),
     scenario("congestion marks cross the tunnel", direct::plan, 60, links::congestion_marks).core(),
     scenario("direct: TCP, 100 MB each way, same checksum", direct::plan, 60, transfers::hundred_megabytes)
-        .core(),
+        .core()
+        .alone(),
     scenario(
         "relayed: TCP, 100 MB each way, same checksum",
         relay_only::plan,
         60,
         transfers::hundred_megabytes,
     )
-    .core(),
+    .core()
+    .alone(),
     scenario("direct: UDP and DNS", direct::plan, 30, transfers::udp).core(),
     scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp).core(),
-    scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle),
+    scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle).alone(),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
     scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent).once(),
     scenario("portal sockets reset again and again", direct::plan, 60, trouble::sockets_drop).once(),
@@ -144,14 +160,15 @@ pub static SCENARIOS: &[Scenario] = &[
         trouble::hostile_datagrams,
     )
     .core(),
-    scenario("a flood of random datagrams", direct::plan, 60, floods::random),
-    scenario("a flood of forged handshakes", direct::plan, 60, floods::forged),
+    scenario("a flood of random datagrams", direct::plan, 60, floods::random).alone(),
+    scenario("a flood of forged handshakes", direct::plan, 60, floods::forged).alone(),
     scenario(
         "a flood of forged handshakes with proven addresses",
         direct::plan,
         60,
         floods::forged_with_cookies,
-    ),
+    )
+    .alone(),
     scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance)
         .once(),
     scenario("SIGTERM: goodbye to every client, exit code 0", direct::two_clients, 20, trouble::terminate)
@@ -161,14 +178,15 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a gateway is killed and started again, relayed", relay_only::plan, 60, relays::gateway_killed),
     scenario("sixteen clients come, go, roam and lose access", direct::sixteen_clients, 120, churn::sixteen)
         .core(),
-    scenario("two hundred clients at once", direct::plan, 120, crowd::all_at_once),
+    scenario("two hundred clients at once", direct::plan, 120, crowd::all_at_once).alone(),
     scenario(
         "two thousand clients, and the gateway starts again",
         direct::plan,
         400,
         crowd::restart_with_thousands,
     )
-    .once(),
+    .once()
+    .alone(),
     scenario("no secret in the TRACE log, direct", direct::plan, 40, trouble::no_secret_in_trace).once(),
     scenario("no secret in the TRACE log, relayed", relay_only::plan, 40, trouble::no_secret_in_trace).once(),
 ];
