@@ -16,6 +16,10 @@ const QUIET: &str = "boringtun=off,netlink_proto=warn,netlink_packet_route=warn,
                      quinn_udp=info,aya=info,mio=info,hyper=info,hyper_util=info,\
                      stun_types=off,stun_proto=off,turn_types=off";
 
+/// The target of what each part says at DEBUG when it ends in order: what is left in its queues and the most that ever
+/// waited. `RUST_LOG=info,firezone_gateway::rest=debug` shows that and no more.
+pub const REST: &str = "firezone_gateway::rest";
+
 /// Installs the subscriber; `RUST_LOG` (default `info`) comes after the built-in directives and so wins.
 ///
 /// # Errors

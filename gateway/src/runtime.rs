@@ -35,6 +35,7 @@ use crate::{
     },
     dns,
     health::Readiness,
+    logging::REST,
     portal,
 };
 
@@ -67,6 +68,8 @@ pub struct Runtime {
     terminate: Signal,
     report: Interval,
     reported: Counters,
+    /// The most of the portal's events that ever waited.
+    portal_events_most: usize,
 }
 
 impl Runtime {
@@ -109,6 +112,7 @@ impl Runtime {
             terminate,
             report,
             reported,
+            portal_events_most: 0,
         })
     }
 
@@ -121,6 +125,7 @@ impl Runtime {
     pub async fn run(mut self) -> Result<()> {
         let result = loop {
             self.drain();
+            self.portal_events_most = self.portal_events_most.max(self.portal_events.len());
             match self.sleep().await {
                 Wake::Signal(name) => {
                     tracing::info!("Received {name}, shutting down");
@@ -243,6 +248,33 @@ impl Runtime {
         }
     }
 
+    /// For who looks for a queue or a table that grows. What control still has to tell is nothing; what the workers and
+    /// the portal have told since is under way, but bounded.
+    fn say_how_it_ends(&self) {
+        let depths = self.control.depths();
+        let (events_waiting, events_most) = self.data.events_waiting();
+        tracing::debug!(
+            target: REST,
+            to_workers = depths.to_workers,
+            to_network = depths.to_network,
+            to_portal = depths.to_portal,
+            to_shell = depths.to_shell,
+            from_relays = depths.from_relays,
+            parked = depths.parked,
+            early = depths.early,
+            clients = depths.clients,
+            indices = depths.indices,
+            usernames = depths.usernames,
+            timers = depths.timers,
+            homes = depths.homes,
+            events_waiting,
+            events_most,
+            portal_events_waiting = self.portal_events.len(),
+            portal_events_most = self.portal_events_most,
+            "Control at rest"
+        );
+    }
+
     async fn shut_down(mut self) {
         self.control.shutdown(Instant::now());
         self.drain();
@@ -262,6 +294,7 @@ impl Runtime {
             dropped_packets = self.reported.iter().map(|(_, packets)| packets).sum::<u64>(),
             "Carried in all"
         );
+        self.say_how_it_ends();
         self.portal.close();
         if let Err(e) = self.data.close().await {
             tracing::warn!("The data plane did not close cleanly: {e:#}");

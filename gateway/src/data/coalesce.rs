@@ -111,6 +111,11 @@ impl<D: Device> Writer<D> {
         }
     }
 
+    /// Packets that wait for [`Writer::flush`].
+    pub fn waiting(&self) -> usize {
+        self.packets.len()
+    }
+
     /// At least `len` bytes for one packet; writes what waits if there is no place else. `None` only if no packet
     /// can be that long.
     pub fn reserve(&mut self, len: usize, now: Instant, drops: &mut Counters) -> Option<&mut [u8]> {

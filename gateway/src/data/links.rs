@@ -73,6 +73,16 @@ impl Inbox {
         self.rings.iter().filter(|ring| ring.is_waiting()).count()
     }
 
+    /// Clients that others have given and nobody took in yet.
+    pub fn mail_waiting(&self) -> usize {
+        self.doors[self.me].mail.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// The most bytes that ever waited on one of the rings.
+    pub fn ring_bytes_most(&self) -> usize {
+        self.rings.iter().map(Consumer::most).max().unwrap_or(0)
+    }
+
     /// Looks how far the rings are and returns the clients that were given before that.
     pub fn look(&mut self) -> Vec<Moved> {
         for ring in &mut self.rings {

@@ -232,6 +232,11 @@ impl DataPlane {
         self.steering.as_ref().map(Steering::left_out).unwrap_or_default()
     }
 
+    /// Events of the workers that wait for [`DataPlane::recv`], and the most that ever did.
+    pub fn events_waiting(&self) -> (usize, usize) {
+        self.events.waiting()
+    }
+
     /// What each worker carried so far.
     pub fn traffic(&self) -> impl Iterator<Item = (WorkerId, Traffic)> {
         self.workers.iter().map(|worker| (worker.id(), worker.traffic()))

@@ -54,6 +54,11 @@ impl Commands {
         pending.take(into);
     }
 
+    /// The most that ever waited at once: at most one for each client, channel and kind.
+    pub fn most(&self) -> usize {
+        lock(&self.pending).most
+    }
+
     /// What wakes the worker; to be cleared before [`Commands::drain`], never between drain and poll.
     pub fn wake(&self) -> &Wake {
         &self.wake
@@ -64,6 +69,7 @@ impl Commands {
 struct Pending {
     order: Vec<Option<Command>>,
     at: FxHashMap<Key, usize>,
+    most: usize,
 }
 
 #[derive(PartialEq, Eq, Hash, Clone, Copy)]
@@ -85,6 +91,7 @@ impl Pending {
             self.order[old] = None;
         }
         self.order.push(Some(command));
+        self.most = self.most.max(self.at.len());
     }
 
     /// Forgets the places of replaced commands, so that a stuck worker costs memory per key, not per command.
@@ -131,6 +138,7 @@ pub struct Events {
 struct Waiting {
     events: VecDeque<WorkerEvent>,
     of_kind: [usize; KINDS],
+    most: usize,
 }
 
 impl Events {
@@ -151,9 +159,16 @@ impl Events {
                 refused += 1;
             }
         }
+        waiting.most = waiting.most.max(waiting.events.len());
         drop(waiting);
         self.notify.notify_one();
         refused
+    }
+
+    /// How many wait, and the most that ever did.
+    pub fn waiting(&self) -> (usize, usize) {
+        let waiting = lock(&self.pending);
+        (waiting.events.len(), waiting.most)
     }
 
     /// Everything that waits.
@@ -233,6 +248,7 @@ mod tests {
         assert!(lock(&queue.pending).order.len() <= 64);
         let mut out = Vec::new();
         queue.drain(&mut out);
+        assert_eq!(queue.most(), 10);
         assert_eq!(
             out.iter().map(brief).collect::<Vec<_>>(),
             (0..10).map(|i| format!("client {i}")).collect::<Vec<_>>()
@@ -262,8 +278,10 @@ mod tests {
             index: ConnectionIndex::new(7).expect("7 fits 24 bits"),
         };
         assert_eq!(queue.push([goodbye]), 0);
+        assert_eq!(queue.waiting(), (1025, 1025));
         let got = queue.take();
         assert_eq!(got.len(), 1025);
+        assert_eq!(queue.waiting(), (0, 1025));
         assert!(matches!(got.last(), Some(WorkerEvent::Goodbye { .. })));
         assert_eq!(queue.push([stun()]), 0, "the quota is free again");
     }

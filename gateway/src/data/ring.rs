@@ -46,7 +46,7 @@ pub fn ring(capacity: usize) -> (Producer, Consumer) {
         units,
     });
     let producer = Producer { shared: Arc::clone(&shared), tail: 0, published: 0, released: 0 };
-    (producer, Consumer { shared, head: 0, until: 0 })
+    (producer, Consumer { shared, head: 0, until: 0, most: 0 })
 }
 
 /// The writer's end.
@@ -108,18 +108,21 @@ pub struct Consumer {
     head: usize,
     /// Where records end that may be read.
     until: usize,
+    /// The most bytes that were ever found waiting.
+    most: usize,
 }
 
 impl Consumer {
     /// Looks how far the writer has published: [`Consumer::records`] goes no further. True if there are records.
     pub fn look(&mut self) -> bool {
         self.until = self.shared.published.0.load(Ordering::Acquire);
+        self.most = self.most.max(self.until.wrapping_sub(self.head));
         self.holds()
     }
 
     /// The next records, at most `most`, each seen once.
     pub fn records(&mut self, most: usize) -> impl Iterator<Item = Handover<'_>> {
-        let Self { shared, head, until } = self;
+        let Self { shared, head, until, .. } = self;
         let (shared, until) = (&**shared, *until);
         let mut left = most;
         std::iter::from_fn(move || {
@@ -148,6 +151,11 @@ impl Consumer {
     /// Whether there are records up to where [`Consumer::look`] saw.
     pub fn holds(&self) -> bool {
         self.until != self.head
+    }
+
+    /// The most bytes that [`Consumer::look`] ever found waiting, at most the capacity.
+    pub fn most(&self) -> usize {
+        self.most
     }
 
     /// Whether anything is published that was not read.

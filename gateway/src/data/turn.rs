@@ -36,6 +36,7 @@ use super::{
     udp::{Receiver, Sockets},
     worker_thread::Shared,
 };
+use crate::logging::REST;
 
 /// All that one worker's thread has to do with.
 pub struct Seat {
@@ -238,14 +239,20 @@ impl<C: Core> Turn<'_, C> {
         self.core.poll_timeout().map(|deadline| deadline.max(self.out.now + MIN_SLEEP))
     }
 
-    /// For who looks for a leak: nothing is in use any more.
+    /// For who looks for a leak or a queue that grows: what is still in use or waits, which is nothing, and the most that
+    /// ever waited.
     fn say_how_it_ends(&self, id: WorkerId) {
         let outlets = [&self.out.v4, &self.out.v6];
         let carried = self.core.traffic();
         tracing::debug!(
+            target: REST,
             worker = %id,
             batches_in_use = outlets.into_iter().flatten().map(Outlet::batches_in_use).sum::<usize>(),
+            packets_waiting = self.out.tun.waiting(),
             rings_waiting = self.inbox.rings_waiting(),
+            mail_waiting = self.inbox.mail_waiting(),
+            ring_bytes_most = self.inbox.ring_bytes_most(),
+            commands_most = self.orders.commands.most(),
             outbound_packets = carried.outbound_direct.packets + carried.outbound_relayed.packets,
             "Worker at rest"
         );

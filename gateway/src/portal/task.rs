@@ -28,6 +28,7 @@ use tokio_tungstenite::{
 use tracing::Level;
 
 use super::{Command, Event, connect::Dialer, redact::redact};
+use crate::logging::REST;
 
 /// How long a close may take.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
@@ -42,6 +43,8 @@ pub struct Link {
     retry: Retry,
     endpoints: Endpoints,
     commands: mpsc::UnboundedReceiver<Command>,
+    /// The most of them that ever waited. They are many only if this task does not get to run.
+    commands_most: usize,
     events: mpsc::Sender<Event>,
 }
 
@@ -60,9 +63,9 @@ impl Task {
     }
 
     pub async fn run(mut self) {
-        loop {
-            let ControlFlow::Continue(()) = self.attempt().await else { return };
-        }
+        while self.attempt().await.is_continue() {}
+        let Link { commands, commands_most, .. } = &self.link;
+        tracing::debug!(target: REST, commands_waiting = commands.len(), commands_most, "Portal at rest");
     }
 
     async fn attempt(&mut self) -> ControlFlow<()> {
@@ -109,7 +112,7 @@ impl Link {
         events: mpsc::Sender<Event>,
     ) -> Self {
         let retry = Retry::new(max_partition_time, rand::random());
-        Self { retry, endpoints: Endpoints::new(generation), commands, events }
+        Self { retry, endpoints: Endpoints::new(generation), commands, commands_most: 0, events }
     }
 
     /// Moves frames and events until the connection ends.
@@ -157,7 +160,7 @@ impl Link {
                     Some(Err(error)) => return Ok(Failure::Broken(error.to_string())),
                     None => return Ok(Failure::Closed(String::new())),
                 },
-                command = self.commands.recv() => match command {
+                command = self.next_command() => match command {
                     Some(Command::Send(message)) => {
                         if !session.send(message) {
                             tracing::debug!("Dropped a message to the portal, too many are waiting");
@@ -176,6 +179,13 @@ impl Link {
                 () = sleep_until(deadline) => session.handle_timeout(now()),
             }
         }
+    }
+
+    /// Cancel-safe.
+    async fn next_command(&mut self) -> Option<Command> {
+        let command = self.commands.recv().await;
+        self.commands_most = self.commands_most.max(self.commands.len() + usize::from(command.is_some()));
+        command
     }
 
     async fn on_session_event(

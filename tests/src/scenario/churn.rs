@@ -75,6 +75,7 @@ pub(super) fn sixteen(cx: &mut Context) -> Result<()> {
         lab.clients[index].command(&Command::Stop)?;
     }
     let login = (&*lab.portal.url(), &*lab.client_token.clone());
+    lab.expect_crowd(30);
     let mut passers_by =
         Swarm::start(cx, &topology.clients[0].namespace, login, "passer-by", 30, 20_000, 100)?;
     passers_by.command(&SwarmCommand::Want { resource: host().id })?;

@@ -30,6 +30,7 @@ pub(super) fn all_at_once(cx: &mut Context) -> Result<()> {
     const CLIENTS: usize = 200;
     let mut lab = Lab::start(cx, &Options::default())?;
     lab.connect(0, &[lan4(), lan6()])?;
+    lab.expect_crowd(CLIENTS);
     let mut swarm = join(cx, &lab, CLIENTS)?;
     connect(&lab, &mut swarm, CLIENTS, 20 * SECOND)?;
     echo(&mut swarm, CLIENTS)?;
@@ -46,6 +47,7 @@ pub(super) fn restart_with_thousands(cx: &mut Context) -> Result<()> {
     const CLIENTS: usize = 2_000;
     let mut lab = Lab::start(cx, &Options::default())?;
     lab.connect(0, &[lan4(), lan6()])?;
+    lab.expect_crowd(CLIENTS);
     let mut swarm = join(cx, &lab, CLIENTS)?;
     connect(&lab, &mut swarm, CLIENTS, 60 * SECOND)?;
     echo(&mut swarm, CLIENTS)?;

@@ -163,6 +163,7 @@ fn flood(cx: &Context, load: &dyn Fn(PublicKey, &[UdpSocket]) -> Result<Ammuniti
     lab.connect(0, &[lan4(), lan6()])?;
     let client = &cx.topology.clients[0].namespace;
     let login = (&*lab.portal.url(), &*lab.client_token.clone());
+    lab.expect_crowd(NEWCOMERS);
     let mut newcomers = Swarm::start(cx, client, login, "newcomer", NEWCOMERS, 20_000, 100)?;
     newcomers.wait_ready(15 * SECOND)?;
     let quiet = figures(cx, client)?;

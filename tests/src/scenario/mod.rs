@@ -15,6 +15,7 @@ mod network;
 mod paths;
 mod pool;
 mod relays;
+pub mod rest;
 mod start;
 pub mod swarm;
 mod table;

@@ -16,6 +16,7 @@ use super::{
         Lab, Launch, Options, PORTAL_PORT, health, http_both, lan4, lan6, launch, ping, ping_both,
         start_gateway,
     },
+    rest,
     trouble::is_one_sentence,
 };
 use crate::{
@@ -52,7 +53,7 @@ pub(super) fn readiness(cx: &mut Context) -> Result<()> {
     })?;
     ensure!(health(cx, "/readyz")?.0 == 200, "a portal that is away makes nobody unready");
     ensure!(gateway.poll().is_none(), "the gateway lives");
-    Ok(())
+    rest::terminate(&mut gateway, 3 * SECOND, 0)
 }
 
 /// A copy of the daemon that any user may execute: the tree it was built in may be closed to others.
@@ -179,8 +180,9 @@ pub(super) fn credential(cx: &mut Context) -> Result<()> {
         ..portal::Config::default()
     };
     let portal = Portal::start(Some(&cx.topology.portal.namespace.path()), config)?;
-    let _gateway = launch(cx, "gateway", "", &url, "info", &way)?;
-    portal.wait_online(Role::Gateway, 1, 5 * SECOND)
+    let mut gateway = launch(cx, "gateway", "", &url, "info", &way)?;
+    portal.wait_online(Role::Gateway, 1, 5 * SECOND)?;
+    rest::terminate(&mut gateway, 3 * SECOND, 0)
 }
 
 /// A portal with a certificate of its own authority: by flag's variable, by SSL_CERT_FILE, and not without either.
@@ -201,8 +203,7 @@ pub(super) fn private_authority(cx: &mut Context) -> Result<()> {
         let mut gateway = launch(cx, variable, "a-token", &portal.url(), "info", &way)?;
         portal.wait_since(mark, 5 * SECOND, |entry| entry.to_gateway("init")).context(variable)?;
         wait_for("/readyz to say yes", 2 * SECOND, || Ok((health(cx, "/readyz")?.0 == 200).then_some(())))?;
-        gateway.signal(rustix::process::Signal::TERM)?;
-        ensure!(gateway.wait(3 * SECOND)?.code() == Some(0), "{variable}: it did not end well");
+        rest::terminate(&mut gateway, 3 * SECOND, 0).context(variable)?;
         wait_for("the portal to see it go", 2 * SECOND, || {
             Ok(portal.online(Role::Gateway).is_empty().then_some(()))
         })?;

@@ -266,8 +266,7 @@ pub(super) fn no_secret_in_trace(cx: &mut Context) -> Result<()> {
     lab.portal.push(Role::Gateway, "invented", &serde_json::json!({ "token": lab.gateway_token }));
     lab.portal.reject_access(lab.client_id(0)?, lan6().id)?;
     ping(client, IpAddr::V4(LAN_HOST.0))?;
-    lab.gateway.signal(rustix::process::Signal::TERM)?;
-    ensure!(lab.gateway.wait(3 * SECOND)?.code() == Some(0), "it did not end well");
+    lab.terminate(3 * SECOND)?;
 
     let log = lab.gateway.log();
     ensure!(log.contains("TRACE") && log.lines().count() > 20, "this was not a TRACE log: {log}");

@@ -241,6 +241,11 @@ impl Parked {
         before - self.waiting.len()
     }
 
+    /// How many wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// When the first one has waited too long.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.waiting.front().map(|(until, _)| *until)

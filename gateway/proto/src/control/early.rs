@@ -33,6 +33,11 @@ impl Early {
         self.messages.push_back((now + LIFE, client, lines));
     }
 
+    /// How many messages are kept.
+    pub(super) fn len(&self) -> usize {
+        self.messages.len()
+    }
+
     /// These lines no longer hold.
     pub(super) fn invalidate(&mut self, client: ClientId, lines: &[String]) {
         for (_, _, kept) in self.messages.iter_mut().filter(|(_, of, _)| *of == client) {

@@ -60,6 +60,11 @@ impl Signals {
         }
     }
 
+    /// How many clients are to be told something.
+    pub(super) fn len(&self) -> usize {
+        self.order.len()
+    }
+
     /// The next message, a client's additions before its removals.
     pub(super) fn poll(&mut self) -> Option<Egress> {
         while let Some(client) = self.order.front().copied() {

@@ -16,6 +16,7 @@ mod agent;
 mod authorizations;
 mod candidates;
 mod connection;
+mod depths;
 mod early;
 mod hold;
 mod index;
@@ -37,7 +38,6 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tracing::{debug, info};
 
-pub use self::connection::PathKind;
 use self::{
     authorizations::{Authorizations, Parked, WallClock},
     connection::Connection,
@@ -47,6 +47,7 @@ use self::{
     shared::Shared,
     timers::Timers,
 };
+pub use self::{connection::PathKind, depths::Depths};
 use crate::{
     addr::TunnelAddrs,
     command::{self, ClientState, Command, StunDatagram, WorkerEvent},

@@ -71,6 +71,11 @@ impl Placement {
         }
     }
 
+    /// How many homes are known, those included that clients have left and the workers were not told of.
+    pub(super) fn len(&self) -> usize {
+        self.places.len() + self.left.len()
+    }
+
     /// Control knows the client from now on. One that has a home keeps it.
     pub(super) fn enter(&mut self, id: ClientId) {
         if self.places.contains_key(&id) {

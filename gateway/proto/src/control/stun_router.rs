@@ -45,6 +45,11 @@ impl StunRouter {
         }
     }
 
+    /// How many credentials are known.
+    pub(super) fn usernames(&self) -> usize {
+        self.usernames.len()
+    }
+
     /// The client's agent sends `message`: if it is a request, its answer shall find back.
     pub(super) fn sent(&mut self, message: &[u8], client: ClientId, now: Instant) {
         let Some(transaction) = request_transaction(message) else { return };

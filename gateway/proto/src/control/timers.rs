@@ -36,6 +36,11 @@ impl<K: Copy + Eq + Hash + Ord> Timers<K> {
         self.drop_stale();
     }
 
+    /// How many keys have a deadline.
+    pub(super) fn len(&self) -> usize {
+        self.deadlines.len()
+    }
+
     /// The earliest deadline.
     pub(super) fn earliest(&self) -> Option<Instant> {
         self.heap.peek().map(|Reverse((at, _))| *at)

@@ -98,6 +98,12 @@ impl Relays {
         }
     }
 
+    /// How many datagrams wait to be sent, and how many events to be looked at.
+    #[must_use]
+    pub fn waiting(&self) -> (usize, usize) {
+        (self.out.transmits.len(), self.out.events.len())
+    }
+
     /// What the portal says: drops `disconnected`, then merges `connected` (a dual-stack relay is two entries with
     /// one id, anywhere in the list). Relays named in neither are probed with a REFRESH.
     ///
