@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_process_is_counted_by_its_closing_line_or_is_a_failure() {
-        let table: [(&str, i32, (u64, u64, u64), &str); 6] = [
+        let table = [
             ("ok    x (0.1 s)\n\n1 passed, 0 failed, 0 skipped\n", 0, (1, 0, 0), "ok    x (0.1 s)\n"),
             (
                 "FAIL  x (1 s): y\n    logs\n\n0 passed, 1 failed, 0 skipped\n",

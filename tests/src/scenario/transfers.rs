@@ -44,7 +44,8 @@ pub(super) fn udp(cx: &mut Context) -> Result<()> {
     lab.connect(0, &[lan4(), lan6()])?;
     let client = &cx.topology.clients[0].namespace;
     for (address, direction) in [(IpAddr::V4(LAN_HOST.0), ""), (IpAddr::V6(LAN_HOST.1), "-R")] {
-        let arguments = ["-u", "-b", "20M", "-l", "1200", "-t", "2", direction];
+        // The buffer holds what arrives while iperf3 itself waits for a core.
+        let arguments = ["-u", "-b", "20M", "-l", "1200", "-t", "2", "-w", "2M", direction];
         let report = iperf3(client, address, &arguments)?;
         let sum = &report["end"]["sum"];
         let (lost, packets) = (sum["lost_percent"].as_f64(), sum["packets"].as_u64());
