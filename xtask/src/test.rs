@@ -39,6 +39,10 @@ const WORKERS: [(&[&str], &str); 3] = [
     (&["--workers", "4", "--again"], "network scenarios, four workers"),
 ];
 
+/// How many scenarios run at once: on two cores three take half the time of one after the other, and load them less than
+/// half. Those that measure something run alone anyway.
+const SIDE_BY_SIDE: &str = "3";
+
 /// Words of FIREZONE_DISABLE, one or several for each run of the core scenarios. Without both kinds of steering there is
 /// nothing left that needs CAP_BPF, so that is what a gateway with CAP_NET_ADMIN alone does.
 const DISABLED: [&str; 8] = [
@@ -172,6 +176,8 @@ impl<'a> Session<'a> {
         // A folder of its own, or each of the two builds would throw the other one's dependencies away. One thread,
         // because boringtun's fake clock is one for the process.
         cargo.arg("--target-dir").arg(run::target().join("mock"));
+        // Random walks of minutes otherwise; what is checked at run time in a debug build still is.
+        cargo.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
         cargo.arg("--").args(&self.arguments.filter).arg("--test-threads=1");
         Ok(Outcome::Ran(tally::run(&mut cargo)?))
     }
@@ -201,7 +207,7 @@ impl<'a> Session<'a> {
         }
         build_release()?;
         let mut scenarios = run::command(run::target().join("release/gateway-tests"));
-        scenarios.arg("scenarios").args(variation);
+        scenarios.arg("scenarios").args(variation).args(["--jobs", SIDE_BY_SIDE]);
         if let Some(filter) = &self.arguments.filter {
             scenarios.arg("--filter").arg(filter);
         }
