@@ -36,7 +36,7 @@ const BPF_TESTS: &str = "bpf::tests::";
 const WORKERS: [(&[&str], &str); 3] = [
     (&["--workers", "2"], "network scenarios, two workers"),
     (&["--workers", "1", "--again"], "network scenarios, one worker"),
-    (&["--workers", "4", "--again"], "network scenarios, four workers"),
+    (&["--workers", "4", "--again", "--load"], "network scenarios, four workers, every core busy"),
 ];
 
 /// How many scenarios run at once: on two cores three take half the time of one after the other, and load them less than

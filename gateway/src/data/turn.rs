@@ -93,6 +93,7 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
         if turn.orders.shut_down {
             turn.out.linger(Duration::from_millis(500));
             turn.say_how_it_ends(id);
+            shared.say_all();
             return Ok(());
         }
     }

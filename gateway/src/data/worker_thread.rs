@@ -105,11 +105,16 @@ impl WorkerThread {
     /// Waits for the thread, which ends after [`Command::Shutdown`].
     ///
     /// # Errors
-    /// It failed, or goes on until the deadline.
+    /// It failed, or has not said goodbye to all by the deadline. Whether its descriptors are closed by then does not
+    /// matter: a queue of a TUN device waits for the kernel's lock of all network devices, of every namespace.
     pub async fn join(&mut self, deadline: Instant) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         while !thread.is_finished() {
             if Instant::now() >= deadline {
+                if self.shared.said_all.load(Ordering::Acquire) {
+                    tracing::debug!(worker = %self.id, "The kernel takes its time to close the device");
+                    return Ok(());
+                }
                 bail!("Worker {} did not end in time", self.id);
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -133,6 +138,8 @@ fn join(id: WorkerId, thread: JoinHandle<Result<()>>) -> Result<()> {
 pub struct Shared {
     /// Odd while a turn is under way, even while the thread waits.
     turn: AtomicU64,
+    /// Everything is sent; what follows is closing.
+    said_all: AtomicBool,
     ended: AtomicBool,
     figures: Mutex<Figures>,
 }
@@ -144,6 +151,11 @@ struct Figures {
 }
 
 impl Shared {
+    /// The thread has sent the last of what it was to send.
+    pub fn say_all(&self) {
+        self.said_all.store(true, Ordering::Release);
+    }
+
     /// The thread has something to do.
     pub fn begin_turn(&self) {
         self.turn.fetch_add(1, Ordering::Release);

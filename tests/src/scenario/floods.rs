@@ -110,7 +110,7 @@ fn proven(gateway: PublicKey, socket: &UdpSocket, pressure: &[Vec<u8>]) -> Resul
     /// A cookie is sealed for one sender's initiation, so each key needs its own.
     const KEYS: usize = 4;
     let mut datagrams = Vec::new();
-    let deadline = Instant::now() + 5 * SECOND;
+    let deadline = Instant::now() + 15 * SECOND;
     while datagrams.len() < KEYS {
         ensure!(Instant::now() < deadline, "the gateway sent no cookie");
         let mut attacker = stranger(gateway);

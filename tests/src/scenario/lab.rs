@@ -273,7 +273,7 @@ impl Lab {
         self.clients.clear();
         // What was on its way arrives: a worker that ends earlier than others takes in no more of what they pass to it.
         std::thread::sleep(Duration::from_millis(50));
-        self.terminate(Duration::from_secs(5))
+        self.terminate(Duration::from_secs(10))
     }
 
     /// SIGTERM; the daemon ends within `limit`, with code 0, without a warning, and with every queue and buffer empty.
