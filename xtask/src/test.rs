@@ -32,11 +32,12 @@ pub struct Arguments {
 const BPF_TESTS: &str = "bpf::tests::";
 
 /// How many workers the gateway has in the runs of all scenarios: none to share with, one for each of two cores, and
-/// more than there are cores.
-const WORKERS: [(&[&str], &str); 3] = [
+/// more than there are cores. The last shows that nothing depends on an idle machine.
+const WORKERS: [(&[&str], &str); 4] = [
     (&["--workers", "2"], "network scenarios, two workers"),
     (&["--workers", "1", "--again"], "network scenarios, one worker"),
-    (&["--workers", "4", "--again", "--load"], "network scenarios, four workers, every core busy"),
+    (&["--workers", "4", "--again"], "network scenarios, four workers"),
+    (&["--core", "--workers", "4", "--load"], "core scenarios, four workers, every core busy"),
 ];
 
 /// How many scenarios run at once: on two cores three take half the time of one after the other, and load them less than
@@ -122,7 +123,7 @@ impl<'a> Session<'a> {
 
     /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
     fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
-        const STEPS: [usize; 2] = [19, 10];
+        const STEPS: [usize; 2] = [20, 11];
         self.steps += 1;
         let of = STEPS[usize::from(self.arguments.filter.is_some())];
         println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
