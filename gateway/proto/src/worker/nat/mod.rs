@@ -15,6 +15,7 @@
 mod expired;
 mod expiry;
 mod fifo;
+mod icmp;
 mod key;
 #[cfg(test)]
 mod model;
@@ -145,6 +146,23 @@ impl Nat {
         let inside = self.table.inside(slot);
         rewrite::rewrite(packet, view, Side::Source, inside.proxy(), inside.port());
         Inbound::Rewritten(outside)
+    }
+
+    /// Translates an ICMP error of the network that is about a session's packet: the client sees it about the packet it
+    /// sent, and from the proxy address, whichever router it is from.
+    ///
+    /// `view` is that of `packet`, and is kept up to date. A miss is an error about CIDR traffic, or about nothing that
+    /// the client sent, or not readable: see [`embedded`](super::inner::embedded). A hit is an answer: it confirms the
+    /// session and prolongs its life.
+    pub fn inbound_error(&mut self, packet: &mut [u8], view: &mut Inner, now: Instant) -> Inbound {
+        let Some(about) = icmp::about(packet, view) else { return Inbound::Miss };
+        let slot = match self.find(&about.outside, now) {
+            Ok(slot) => slot,
+            Err(other) => return other,
+        };
+        self.table.on_packet(slot, Direction::Inbound, 0, now);
+        icmp::translate(packet, view, &about, self.table.inside(slot));
+        Inbound::Rewritten(about.outside)
     }
 
     /// Ends the sessions whose time is up. Costs what it ends, and one look per session and lifetime.

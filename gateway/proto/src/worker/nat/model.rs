@@ -8,7 +8,7 @@
 use std::{collections::BTreeMap, net::Ipv4Addr, net::Ipv6Addr, ops::RangeInclusive, time::Duration};
 
 use super::{
-    packets::{Packet, Sum},
+    packets::{Packet, Sum, error},
     *,
 };
 use crate::worker::inner::view;
@@ -164,6 +164,7 @@ struct Seen {
     exhausted: u64,
     full: u64,
     back: u64,
+    errors: u64,
     late: u64,
     miss: u64,
     ended: u64,
@@ -207,8 +208,9 @@ impl World {
     fn step(&mut self) {
         match self.dice.roll(100) {
             0..45 => self.outbound(),
-            45..80 => self.inbound(),
-            80..99 => self.pass_time(),
+            45..83 => self.inbound(),
+            83..89 => self.inbound_error(),
+            89..99 => self.pass_time(),
             _ if self.dice.roll(20) == 0 => {
                 self.nat.clear();
                 self.model.sessions.clear();
@@ -240,7 +242,7 @@ impl World {
         let turn = u8::try_from(self.now / 600_000 % 2).unwrap();
         let real = address(v6, [10, 0, 0, (n + turn) % 2], 0x2001_0db8 << 96);
         let kind = self.dice.pick(&Kind::ALL);
-        let port = self.dice.pick(&[0, 1, 999, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1007, 1008, 65_535]);
+        let port = self.dice.pick(&[0, 999, 1000, 1001, 1002, 65_535]);
         let packet = self.packet(kind, (client, port), (proxy, 80), true);
 
         let new = !self.model.sessions.contains_key(&(kind, port, proxy));
@@ -312,6 +314,42 @@ impl World {
         assert_eq!(seen, view(&bytes).unwrap());
     }
 
+    /// About a packet of a session, of one that has ended, or of none; cut anywhere behind the ports.
+    fn inbound_error(&mut self) {
+        let outside = self.some_outside();
+        let (kind, port, real) = outside;
+        let v6 = real.is_ipv6();
+        let client = address(v6, [100, 64, 0, 2], 0xfd00_2021_1111 << 80);
+        let router = address(v6, [10, 9, 9, 9], 0x2001_0db9 << 96);
+        let left = self.packet(kind, (client, port), (real, 80), true);
+        let ttl = u8::try_from(self.dice.roll(256)).unwrap();
+        let whole = left.bytes();
+        let least = if v6 { 48 + 8 } else { 24 + 8 };
+        let mut cut = least + usize::try_from(self.dice.roll((whole.len() - least + 1) as u64)).unwrap();
+        // Half a checksum (TCP's) cannot be repaired.
+        cut += usize::from(cut == least + 9 && kind == Kind::Tcp);
+        let head = if v6 { [3, 0, 0, 0, 0, 0] } else { [11, 0, 0, 0, 0, 0] };
+        let arrives = error(router, client, ttl, head, &whole[..cut]);
+        let expect = self.model.inbound(outside, 0, self.now);
+        let mut bytes = arrives.clone();
+        let mut seen = view(&bytes).unwrap();
+        let got = self.nat.inbound_error(&mut bytes, &mut seen, self.instant());
+        let expect = match expect {
+            Ok((_, port, proxy)) => {
+                self.seen.errors += 1;
+                assert_eq!(got, Inbound::Rewritten(Outside::new(kind, outside.1, real)));
+                let sent = Packet { src: (client, port).into(), dst: (proxy, 80).into(), ..left };
+                error(proxy, client, 20, head, &sent.bytes()[..cut])
+            }
+            Err(other) => {
+                assert_eq!(got, other);
+                arrives
+            }
+        };
+        assert_eq!(hex::encode(&bytes), hex::encode(expect));
+        assert_eq!(seen, view(&bytes).unwrap());
+    }
+
     fn pass_time(&mut self) {
         self.now += match self.dice.roll(200) {
             0 => self.dice.roll(8_000_000),
@@ -345,8 +383,8 @@ fn walk(name: &str, limits: Limits) -> Seen {
     let mut world = World::new(seed, limits);
     (0..steps).for_each(|_| world.step());
     println!("{name}, seed {seed}, {steps} steps: {:?}", world.seen);
-    let Seen { translated, opened, back, late, miss, ended, cleared, .. } = world.seen;
-    let rare = [translated, opened, back, late, miss, ended, cleared].into_iter().min().unwrap();
+    let Seen { translated, opened, back, errors, late, miss, ended, cleared, .. } = world.seen;
+    let rare = [translated, opened, back, errors, late, miss, ended, cleared].into_iter().min().unwrap();
     assert!(rare >= steps / 5000, "every outcome is met: {:?}", world.seen);
     world.seen
 }

@@ -74,6 +74,28 @@ impl Packet {
     }
 }
 
+/// An ICMP error about `embedded`: type, code and the four bytes after the checksum are `head`.
+pub fn error(src: IpAddr, dst: IpAddr, ttl: u8, head: [u8; 6], embedded: &[u8]) -> Vec<u8> {
+    let [kind, code, rest @ ..] = head;
+    let protocol = if src.is_ipv4() { 1 } else { 58 };
+    let mut packet = header(src, dst, protocol, 8 + embedded.len());
+    let at = packet.len();
+    packet.extend([kind, code, 0, 0]);
+    packet.extend(rest);
+    packet.extend(embedded);
+    let sum = transport_sum(&packet, at, protocol).to_be_bytes();
+    packet[at + 2..at + 4].copy_from_slice(&sum);
+    if src.is_ipv4() {
+        packet[8] = ttl;
+        packet[10..12].fill(0);
+        let sum = naive(&packet[..24]).to_be_bytes();
+        packet[10..12].copy_from_slice(&sum);
+    } else {
+        packet[7] = ttl;
+    }
+    packet
+}
+
 /// An IP header with an option in IPv4 and an extension header in IPv6, so that no offset is taken for granted.
 pub fn header(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Vec<u8> {
     match (src, dst) {

@@ -27,6 +27,11 @@ pub struct Change {
 }
 
 impl Change {
+    /// From `old` to `new`, [`checksum::sum`]s of the same bytes.
+    pub fn new(old: u64, new: u64) -> Self {
+        Self { old, new }
+    }
+
     /// Both changes.
     #[inline]
     pub fn and(self, other: Self) -> Self {

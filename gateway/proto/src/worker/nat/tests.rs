@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::{
-    packets::{Packet, Sum, transport_sum},
+    packets::{Packet, Sum, error, transport_sum},
     *,
 };
 use crate::worker::inner::view;
@@ -98,7 +98,7 @@ fn the_test_vectors_come_out_byte_for_byte() {
 
 #[test]
 fn every_kind_of_either_family_goes_there_and_back_with_right_checksums() {
-    // Payloads of all values are met by the sum being 0 and 0xffff, too.
+    // Over payloads of all values, UDP's sum is once 0.
     let mut zeros = 0;
     for family in 0..2 {
         for kind in KINDS {
@@ -107,7 +107,7 @@ fn every_kind_of_either_family_goes_there_and_back_with_right_checksums() {
             bench.out(kind, 5000, OTHER_PROXY, SYN).unwrap();
             assert_eq!(bench.out(kind, 5000, PROXY, SYN), Ok(5001));
             let [client, proxy, real] = [CLIENT, PROXY, REAL].map(|names| bench.ip(names));
-            for payload in 0..=u16::MAX {
+            for payload in (0..=u16::MAX).step_by(if kind == Kind::Udp { 1 } else { 97 }) {
                 let there = Packet { payload, ..Packet::new(kind, (client, 5000), (proxy, 443)) };
                 let mut bytes = there.bytes();
                 let mut seen = view(&bytes).unwrap();
@@ -351,4 +351,148 @@ fn a_wave_of_sessions_ends_and_gives_its_memory_back() {
     bench.sleep(60_000);
     assert_eq!((bench.nat.sessions(), bench.nat.expired()), (0, Limits::default().expired));
     assert_eq!(bench.out(Kind::Udp, 9, OTHER_PROXY, 0), Ok(9));
+}
+
+/// Lets an error about a session's packet arrive: the outside port is 5001, the client's 5000.
+fn arrive(
+    kind: Kind,
+    family: usize,
+    sum: Sum,
+    arrives: impl Fn(&[u8]) -> Vec<u8>,
+) -> (Inbound, Vec<u8>, Vec<u8>) {
+    let mut bench = Bench::new(family, Limits::default());
+    bench.out(kind, 5000, OTHER_PROXY, SYN).unwrap();
+    assert_eq!(bench.out(kind, 5000, PROXY, SYN), Ok(5001));
+    let [client, proxy, real] = [CLIENT, PROXY, REAL].map(|names| bench.ip(names));
+    let sent = Packet { sum, ..Packet::new(kind, (client, 5000), (proxy, 443)) };
+    let left = Packet { src: (client, 5001).into(), dst: (real, 443).into(), ..sent };
+    let mut bytes = arrives(&left.bytes());
+    let mut seen = view(&bytes).unwrap();
+    let became = bench.nat.inbound_error(&mut bytes, &mut seen, bench.now);
+    assert_eq!(seen, view(&bytes).unwrap());
+    (became, bytes, sent.bytes())
+}
+
+const ROUTER: [&str; 2] = ["10.9.9.9", "2001:db8:9::9"];
+
+#[test]
+fn errors_are_about_the_packet_that_the_client_sent() {
+    // Head as it arrives, head as the client gets it.
+    let heads: [&[([u8; 6], [u8; 6])]; 2] = [
+        &[
+            ([3, 3, 0, 0, 0, 0], [3, 3, 0, 0, 0, 0]),
+            ([3, 13, 0, 0, 0, 0], [3, 13, 0, 0, 0, 0]),
+            ([11, 0, 0, 0, 0, 0], [11, 0, 0, 0, 0, 0]),
+            ([3, 4, 0, 0, 0, 0], [3, 4, 0, 0, 0, 0]),
+            ([3, 4, 0, 0, 2, 64], [3, 4, 0, 0, 2, 64]),
+            ([3, 4, 0, 0, 5, 0], [3, 4, 0, 0, 5, 0]),
+            ([3, 4, 0, 0, 5, 1], [3, 4, 0, 0, 5, 0]),
+            ([3, 4, 0, 0, 5, 220], [3, 4, 0, 0, 5, 0]),
+        ],
+        &[
+            ([1, 4, 0, 0, 0, 0], [1, 4, 0, 0, 0, 0]),
+            ([3, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0]),
+            ([2, 0, 0, 0, 5, 0], [2, 0, 0, 0, 5, 0]),
+            ([2, 0, 0, 0, 5, 220], [2, 0, 0, 0, 5, 0]),
+            ([2, 0, 1, 0, 0, 0], [2, 0, 0, 0, 5, 0]),
+        ],
+    ];
+    for family in 0..2 {
+        let at = [24, 48][family];
+        let ip = |names: [&str; 2]| names[family].parse::<IpAddr>().unwrap();
+        for kind in KINDS {
+            // From the four bytes of ports, or the eight of an echo, to the whole packet.
+            let least = at + if kind == Kind::Echo { 8 } else { 4 };
+            let whole = Packet::new(kind, (ip(CLIENT), 1), (ip(REAL), 1)).bytes().len();
+            let half = at + [17, 7, 3][kind as usize];
+            // Half a checksum cannot be repaired.
+            for cut in (least..=whole).filter(|cut| *cut != half) {
+                for (head, expect_head) in heads[family] {
+                    let arrives = |left: &[u8]| error(ip(ROUTER), ip(CLIENT), 3, *head, &left[..cut]);
+                    let (became, bytes, sent) = arrive(kind, family, Sum::Right, arrives);
+                    assert_eq!(became, Inbound::Rewritten(Outside::new(kind, 5001, ip(REAL))));
+                    let expect = error(ip(PROXY), ip(CLIENT), 20, *expect_head, &sent[..cut]);
+                    let name = format!("{kind:?}, family {family}, {cut} bytes, {head:?}");
+                    assert_eq!(hex::encode(bytes), hex::encode(expect), "{name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_embedded_udp_checksum_of_0_stays() {
+    for family in 0..2 {
+        let ip = |names: [&str; 2]| names[family].parse::<IpAddr>().unwrap();
+        let head = [[3, 3, 0, 0, 0, 0], [1, 4, 0, 0, 0, 0]][family];
+        let arrives = |left: &[u8]| error(ip(ROUTER), ip(CLIENT), 3, head, left);
+        let (_, bytes, sent) = arrive(Kind::Udp, family, Sum::None, arrives);
+        assert_eq!(hex::encode(bytes), hex::encode(error(ip(PROXY), ip(CLIENT), 20, head, &sent)));
+    }
+}
+
+#[test]
+fn an_extension_behind_a_short_datagram_is_not_mistaken_for_its_checksum() {
+    // RFC 4884: 32 bytes (8 words) of the packet, then something else.
+    let [router, client, proxy] = [ROUTER, CLIENT, PROXY].map(|ip| ip[0].parse::<IpAddr>().unwrap());
+    let head = [11, 0, 0, 8, 0, 0];
+    let with = |datagram: &[u8]| [&datagram[..32], &[0x20, 0, 1, 2, 0, 8, 1, 1, 9, 9, 9, 9][..]].concat();
+    let arrives = |left: &[u8]| error(router, client, 3, head, &with(left));
+    let (_, bytes, sent) = arrive(Kind::Tcp, 0, Sum::Right, arrives);
+    assert_eq!(hex::encode(bytes), hex::encode(error(proxy, client, 20, head, &with(&sent))));
+    // The same over IPv6, in words of 8 bytes.
+    let [router, client, proxy] = [ROUTER, CLIENT, PROXY].map(|ip| ip[1].parse::<IpAddr>().unwrap());
+    let head = [3, 0, 7, 0, 0, 0];
+    let with = |datagram: &[u8]| [&datagram[..56], &[0x20, 0, 1, 2, 0, 8, 1, 1, 9, 9, 9, 9][..]].concat();
+    let arrives = |left: &[u8]| error(router, client, 3, head, &with(left));
+    let (_, bytes, sent) = arrive(Kind::Tcp, 1, Sum::Right, arrives);
+    assert_eq!(hex::encode(bytes), hex::encode(error(proxy, client, 20, head, &with(&sent))));
+}
+
+#[test]
+fn errors_that_are_not_about_a_session_are_left_alone() {
+    let [client, proxy, real, router] =
+        [CLIENT, PROXY, REAL, ROUTER].map(|ip| ip[0].parse::<IpAddr>().unwrap());
+    let head = [3, 3, 0, 0, 0, 0];
+    let about = |src: (IpAddr, u16), dst: (IpAddr, u16), cut: usize| {
+        move |_: &[u8]| error(router, client, 3, head, &Packet::new(Kind::Udp, src, dst).bytes()[..cut])
+    };
+    let reply = Packet { outbound: false, ..Packet::new(Kind::Echo, (client, 1), (real, 5001)) }.bytes();
+    let gre = [packets::header(client, real, 47, 8), vec![0; 8]].concat();
+    type Case<'a> = (&'a str, Kind, Box<dyn Fn(&[u8]) -> Vec<u8> + 'a>);
+    let cases: [Case<'_>; 8] = [
+        ("another port", Kind::Udp, Box::new(about((client, 5002), (real, 443), 32))),
+        ("another address", Kind::Udp, Box::new(about((client, 5001), (proxy, 443), 32))),
+        ("another kind", Kind::Tcp, Box::new(about((client, 5001), (real, 443), 32))),
+        ("another sender", Kind::Udp, Box::new(about((router, 5001), (real, 443), 32))),
+        ("cut before the ports", Kind::Udp, Box::new(about((client, 5001), (real, 443), 27))),
+        ("an echo reply", Kind::Echo, Box::new(|_| error(router, client, 3, head, &reply))),
+        ("another protocol", Kind::Udp, Box::new(|_| error(router, client, 3, head, &gre))),
+        ("no error at all", Kind::Udp, Box::new(|left| left.to_vec())),
+    ];
+    for (name, kind, arrives) in cases {
+        let (became, bytes, _) = arrive(kind, 0, Sum::Right, &arrives);
+        let left = Packet::new(kind, (client, 5001), (real, 443)).bytes();
+        assert_eq!((became, bytes), (Inbound::Miss, arrives(&left)), "{name}");
+    }
+}
+
+#[test]
+fn an_error_confirms_a_session_and_one_about_an_ended_session_is_late() {
+    let mut bench = Bench::new(0, Limits::default());
+    bench.out(Kind::Udp, 7, PROXY, 0).unwrap();
+    let [client, real, router] = [CLIENT, REAL, ROUTER].map(|names| bench.ip(names));
+    let about = Packet::new(Kind::Udp, (client, 7), (real, 443)).bytes();
+    let bytes = error(router, client, 3, [3, 3, 0, 0, 0, 0], &about);
+    let arrive = |bench: &mut Bench| {
+        let mut bytes = bytes.clone();
+        let mut seen = view(&bytes).unwrap();
+        bench.nat.inbound_error(&mut bytes, &mut seen, bench.now)
+    };
+    bench.sleep(10_000);
+    assert!(matches!(arrive(&mut bench), Inbound::Rewritten(_)));
+    bench.sleep(119_000);
+    assert_eq!(bench.nat.sessions(), 1);
+    bench.sleep(1000);
+    assert_eq!((bench.nat.sessions(), arrive(&mut bench)), (0, Inbound::Expired));
 }
