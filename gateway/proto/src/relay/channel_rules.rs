@@ -6,6 +6,7 @@ use gateway_common::DropReason;
 
 use super::{
     LocalCandidate, RelayEvent, Use,
+    channels::REUSE,
     pace::{MAX, MIN},
     twin::{Flavor, Packet, Twin},
     world::{PEER, World, addr, id, secs},
@@ -63,6 +64,25 @@ fn a_refused_channel_is_forgotten_and_not_asked_for_at_every_check() {
     assert_eq!((world.take_kinds(), lost), (vec![BIND], 40));
     assert_eq!(world.relays.counters().get(DropReason::NoChannel), 40);
     assert!(world.allocated());
+}
+
+/// The server counts a number's 900 s from the arrival of its bind, and this one was slow.
+#[test]
+fn a_number_is_not_thought_free_before_the_server_thinks_so() {
+    for after in [Duration::from_millis(899_900), Duration::from_millis(900_300), REUSE + secs(1)] {
+        let mut world = World::with_one(Flavor::Firezone, 3478);
+        world.delay = Duration::from_millis(700);
+        let sent = world.now;
+        world.relays.bind(id(0), addr(PEER), Use::Checked, world.now);
+        world.run(secs(5));
+        world.delay = Duration::from_millis(1);
+        world.run(after - (world.now - sent));
+        world.take_events();
+        world.relays.bind(id(0), addr(PEER), Use::Checked, world.now);
+        world.run(secs(1));
+        assert!(world.twins[0].sins.is_empty(), "{after:?}: {:?}", world.twins[0].sins);
+        assert_eq!(bound(&world), [if after < REUSE { 0x4000 } else { 0x4001 }], "{after:?}");
+    }
 }
 
 #[test]
@@ -183,7 +203,7 @@ fn exhaustion_is_counted_and_harms_nobody_else() {
     let late = addr("192.0.2.1:2");
     world.relays.bind(id(0), late, Use::Nominated, world.now);
     assert_eq!(world.relays.channel(id(0), late, world.now), None);
-    world.run(super::channels::REUSE);
+    world.run(REUSE);
     assert!(world.relays.channel(id(0), late, world.now).is_some());
     assert!(world.twins[0].sins.is_empty(), "{:?}", world.twins[0].sins);
 }
