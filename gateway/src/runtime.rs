@@ -322,7 +322,7 @@ fn note_flow_logs(wanted: &FlowLogs) {
 struct InterfaceTask {
     wanted: watch::Sender<Option<TunnelAddrs>>,
     results: mpsc::Receiver<Result<Families>>,
-    task: JoinHandle<Interface>,
+    task: JoinHandle<(Interface, dns::Handle)>,
 }
 
 impl InterfaceTask {
@@ -336,14 +336,15 @@ impl InterfaceTask {
                     break;
                 }
             }
-            interface
+            (interface, dns)
         });
         Self { wanted, results, task }
     }
 
     async fn remove(self) {
         drop((self.wanted, self.results));
-        if let Ok(interface) = self.task.await {
+        if let Ok((interface, dns)) = self.task.await {
+            dns.close().await;
             interface.remove().await;
         }
     }

@@ -47,13 +47,16 @@ const BIND_PAUSE: Duration = Duration::from_millis(100);
 /// How often the counters are written to the log, if they changed.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How long [`Handle::close`] waits.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// How much the thread stands back behind workers and the control thread where they share a core, as in nice(2).
 const NICE: i32 = 5;
 
 /// The servers' thread, from outside. It ends when this is dropped.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Handle {
     orders: mpsc::UnboundedSender<Listen>,
+    ended: oneshot::Receiver<()>,
 }
 
 #[derive(Debug)]
@@ -69,6 +72,7 @@ struct Listen {
 /// There is no thread or no event queue to be had.
 pub fn start(mark: u32) -> Result<Handle> {
     let (orders, arriving) = mpsc::unbounded_channel();
+    let (end, ended) = oneshot::channel();
     let tokio = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -79,9 +83,11 @@ pub fn start(mark: u32) -> Result<Handle> {
             // Packets first. Of the calling thread, on Linux; being refused is no harm.
             let _ = rustix::process::nice(NICE);
             LocalSet::new().block_on(&tokio, run(mark, arriving));
+            // Nobody waits for it where the daemon ends in a hurry.
+            let _ = end.send(());
         })
         .context("Cannot start the DNS servers' thread")?;
-    Ok(Handle { orders })
+    Ok(Handle { orders, ended })
 }
 
 impl Handle {
@@ -95,6 +101,12 @@ impl Handle {
         let gone = || anyhow!("The DNS servers' thread ended");
         self.orders.send(Listen { addresses, done }).map_err(|_| gone())?;
         result.await.map_err(|_| gone())?.context("Failed to bind DNS servers on TUN interface")
+    }
+
+    /// Ends the thread, which says what it has counted; waits for that, a second at most.
+    pub async fn close(self) {
+        drop(self.orders);
+        let _ = tokio::time::timeout(CLOSE_LIMIT, self.ended).await;
     }
 }
 

@@ -2,24 +2,24 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::PathBuf,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use super::{
     Context,
     client::INTERFACE,
-    lab::{Lab, Launch, Options, lan4, lan6},
+    lab::{Lab, Launch, Options, lan4, lan6, ping},
     start::{can_run, in_mount_namespace, words},
 };
 use crate::{
     net::{
         NetNs,
         process::{Process, Spawn, run},
-        topology::PORTAL,
+        topology::{LAN_HOST, PORTAL},
     },
     standins::portal::Role,
 };
@@ -153,6 +153,83 @@ pub(super) fn failover(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
+/// One client asks as fast as it can: it is refused what is too much, the other client and its pings do not notice.
+pub(super) fn flood(cx: &mut Context) -> Result<()> {
+    let _first = Nameserver::start(cx, "names", PORTAL, "hello")?;
+    let (mut lab, own) = start(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
+    lab.connect(1, &[lan4(), lan6()])?;
+    let [greedy, other] = [0, 1].map(|index| &cx.topology.clients[index].namespace);
+    route(other, own)?;
+    let until = Instant::now() + 4 * SECOND;
+    let (answered, refused) = std::thread::scope(|scope| {
+        let flood = scope.spawn(|| greedy.run(|| ask_until(SocketAddr::new(own[0], PORT), until)));
+        let mut asked = 0;
+        while Instant::now() < until {
+            for server in own {
+                let started = Instant::now();
+                let note = dig(other, server, &["+notcp", "+short", "_note.lan.test", "TXT"])?;
+                let took = started.elapsed();
+                ensure!(note.trim() == "\"hello\"" && took < 2 * SECOND, "{note:?} after {took:?}");
+                asked += 1;
+            }
+            ping(other, LAN_HOST.0.into())?;
+        }
+        ensure!(asked > 4, "the other client asked {asked} times only");
+        flood.join().map_err(|_| anyhow!("the flood panicked"))?
+    })?;
+    // 400 at once and 200 a second, for 4 s and the little that the start took.
+    ensure!((500..2000).contains(&answered), "{answered} queries of the flood were answered");
+    ensure!(refused > 1000, "{refused} queries of the flood were refused");
+    lab.terminate(5 * SECOND)?;
+    let log = lab.gateway.log();
+    for count in ["answered", "over the client's limit"] {
+        let counted =
+            |line: &str| line.contains("DNS servers") && line.contains(&format!("what=\"{count}\""));
+        ensure!(log.lines().any(counted), "no {count:?} among the counters in the log");
+    }
+    Ok(())
+}
+
+/// Something else has the port on every address: after three attempts the daemon ends and says why.
+pub(super) fn port_taken(cx: &mut Context) -> Result<()> {
+    let holder =
+        cx.topology.gateway.namespace.run(|| Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?))?;
+    let mut lab = Lab::start(cx, &Options::default())?;
+    let status = lab.gateway.wait(10 * SECOND)?;
+    drop(holder);
+    ensure!(status.code() == Some(1), "it ended with {status}");
+    let log = lab.gateway.log();
+    let expect = "Failed to bind DNS servers on TUN interface: Cannot listen on 100.";
+    ensure!(
+        log.lines().any(|line| line.contains("ERROR") && line.contains(expect) && line.contains("in use")),
+        "no such error: {log}"
+    );
+    Ok(())
+}
+
+/// Queries in bursts, without waiting; how many were answered, and how many refused.
+fn ask_until(server: SocketAddr, until: Instant) -> Result<(u32, u32)> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect(server)?;
+    socket.set_nonblocking(true)?;
+    let (mut answered, mut refused, mut answer) = (0, 0, [0; 2000]);
+    while Instant::now() < until {
+        for id in 0..20 {
+            // What the socket does not take is not asked.
+            let _ = socket.send(&txt_query(id));
+        }
+        while let Ok(length) = socket.recv(&mut answer) {
+            match answer[3] & 0xf {
+                0 if answer[..length].ends_with(b"\x05hello") => answered += 1,
+                5 => refused += 1,
+                other => bail!("RCODE {other} in an answer to the flood"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok((answered, refused))
+}
+
 /// The daemon with `file` as its resolv.conf, and a client that has a route to the tunnel addresses, which are returned.
 fn start(cx: &Context, file: &ResolvConf) -> Result<(Lab, [IpAddr; 2])> {
     let wrapper = in_mount_namespace(&format!(
@@ -172,11 +249,14 @@ fn start(cx: &Context, file: &ResolvConf) -> Result<(Lab, [IpAddr; 2])> {
         init.payload()["interface"][family].as_str().with_context(|| format!("no {family} address in init"))
     };
     let (v4, v6): (Ipv4Addr, Ipv6Addr) = (own("ipv4")?.parse()?, own("ipv6")?.parse()?);
-    cx.topology.clients[0].namespace.ip_batch(&[
-        format!("route replace {v4}/32 dev {INTERFACE}"),
-        format!("route replace {v6}/128 dev {INTERFACE}"),
-    ])?;
-    Ok((lab, [v4.into(), v6.into()]))
+    let own = [v4.into(), v6.into()];
+    route(&cx.topology.clients[0].namespace, own)?;
+    Ok((lab, own))
+}
+
+/// The stand-in client has routes to its resources only.
+fn route(client: &NetNs, own: [IpAddr; 2]) -> Result<()> {
+    client.ip_batch(&own.map(|ip| format!("route replace {ip} dev {INTERFACE}")))
 }
 
 /// A file that is mounted over the daemon's /etc/resolv.conf.

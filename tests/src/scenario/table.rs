@@ -153,6 +153,8 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("DNS servers: SRV and TXT, long answers, bad queries", direct::plan, 40, dns::queries),
     scenario("DNS servers: a connection outlives an init", direct::plan, 40, dns::connection_stays).once(),
     scenario("DNS servers: a nameserver dies, another is configured", direct::plan, 60, dns::failover).once(),
+    scenario("DNS servers: one client floods, another is served", direct::two_clients, 40, dns::flood),
+    scenario("DNS servers: the port is taken", direct::plan, 30, dns::port_taken).once(),
     scenario(
         "malformed and hostile datagrams while traffic flows",
         direct::plan,
