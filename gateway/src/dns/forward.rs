@@ -11,6 +11,7 @@
 
 use std::{
     cell::RefCell,
+    io,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     time::Duration,
@@ -137,24 +138,28 @@ impl Forwarder {
         turn: Turn,
         servers: &[SocketAddr],
         came_over: Transport,
-    ) -> std::io::Result<Answer> {
-        let server = servers[turn.server];
+    ) -> io::Result<Reply> {
+        let (server, asked) = (servers[turn.server], Instant::now());
         if turn.transport == Transport::Tcp {
-            return self.upstream.ask_tcp(query, server).await;
+            let answer = self.upstream.ask_tcp(query, server).await?;
+            return Ok(Reply { answer, took: asked.elapsed() });
         }
         let answer = self.upstream.ask_udp(query, server, &self.stats).await?;
+        // What follows is the length of the answer's fault, not the nameserver's.
+        let took = asked.elapsed();
         // Every nameserver sends 512 bytes uncut: who takes no more, can be given no more.
         if !answer.is_truncated() || (came_over == Transport::Udp && query.udp_limit() == UDP_MINIMUM) {
-            return Ok(answer);
+            return Ok(Reply { answer, took });
         }
         self.stats.count(Count::UpstreamTruncated);
-        match (timeout(FETCH_LIMIT, self.upstream.ask_tcp(query, server)).await, came_over) {
-            (Ok(Ok(whole)), _) => Ok(whole),
+        let answer = match (timeout(FETCH_LIMIT, self.upstream.ask_tcp(query, server)).await, came_over) {
+            (Ok(Ok(whole)), _) => whole,
             // The client learns that there is more, and may come over TCP itself.
-            (_, Transport::Udp) => Ok(answer),
-            (Ok(Err(e)), Transport::Tcp) => Err(e),
-            (Err(_), Transport::Tcp) => Err(std::io::ErrorKind::TimedOut.into()),
-        }
+            (_, Transport::Udp) => answer,
+            (Ok(Err(e)), Transport::Tcp) => return Err(e),
+            (Err(_), Transport::Tcp) => return Err(io::ErrorKind::TimedOut.into()),
+        };
+        Ok(Reply { answer, took })
     }
 }
 
@@ -212,6 +217,13 @@ fn turns(set: &Set, came_over: Transport) -> impl Iterator<Item = Turn> + use<> 
     turns.into_iter()
 }
 
+/// What a turn brought.
+struct Reply {
+    answer: Answer,
+    /// Until the nameserver's first answer.
+    took: Duration,
+}
+
 /// Who was asked for one query, and what came of it.
 struct Search<'a> {
     set: &'a Set,
@@ -248,26 +260,26 @@ impl Search<'_> {
     }
 
     /// Returns the answer if it is the one.
-    fn on_result(&mut self, index: usize, result: std::io::Result<Answer>) -> Option<Answer> {
+    fn on_result(&mut self, index: usize, result: io::Result<Reply>) -> Option<Answer> {
         let now = Instant::now();
         let asked = &mut self.asked[index];
-        let (Turn { server, transport, .. }, took) = (asked.turn, now - asked.at);
+        let Turn { server, transport, .. } = asked.turn;
         let mut table = self.set.table.borrow_mut();
         match result {
             Err(error) => {
                 tracing::debug!(server = %self.set.servers[server], ?transport, "A nameserver failed: {error}");
                 asked.outcome = Outcome::Failed;
-                table.on_failure(server, transport, took, now.into_std());
+                table.on_failure(server, transport, now - asked.at, now.into_std());
                 None
             }
-            Ok(answer) if is_poor(answer.code()) => {
+            Ok(Reply { answer, took }) if is_poor(answer.code()) => {
                 tracing::debug!(server = %self.set.servers[server], code = %answer.code(), "A nameserver declined");
                 asked.outcome = Outcome::Poor;
                 table.on_answer(server, transport, took, now.into_std());
                 self.poor.get_or_insert(answer);
                 None
             }
-            Ok(answer) => {
+            Ok(Reply { answer, took }) => {
                 table.on_answer(server, transport, took, now.into_std());
                 for (other, asked) in self.asked.iter().enumerate() {
                     let (Turn { server, transport, .. }, waited) = (asked.turn, now - asked.at);

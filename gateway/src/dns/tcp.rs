@@ -159,11 +159,13 @@ impl Connection {
         let mut quiet_since = Instant::now();
         let mut at_end = false;
         loop {
+            let mut taken = 0;
             while running.len() < PIPELINE
-                && let Some(message) = take_message(&mut received)
+                && let Some(message) = first_message(&received[taken..])
             {
+                taken += 2 + message.len();
                 quiet_since = Instant::now();
-                match self.on_message(&message) {
+                match self.on_message(message) {
                     Ok((permit, query)) => {
                         if running.is_empty() {
                             self.open.borrow_mut().on_busy(self.id);
@@ -178,6 +180,8 @@ impl Connection {
                     }
                 }
             }
+            // Once for all of them: many small messages in a long buffer must not be moved again and again.
+            received.drain(..taken);
             if at_end && running.is_empty() {
                 return End::Closed;
             }
@@ -243,10 +247,10 @@ impl Drop for Connection {
     }
 }
 
-/// The first message, if it is complete.
-fn take_message(received: &mut Vec<u8>) -> Option<Vec<u8>> {
-    let length = 2 + usize::from(u16::from_be_bytes(*received.first_chunk()?));
-    (received.len() >= length).then(|| received.drain(..length).skip(2).collect())
+/// The first message, without its length, if it is complete.
+fn first_message(received: &[u8]) -> Option<&[u8]> {
+    let (length, rest) = received.split_first_chunk()?;
+    rest.get(..u16::from_be_bytes(*length).into())
 }
 
 async fn write(writer: &mut (impl AsyncWrite + Unpin), message: &[u8]) -> Result<(), End> {
