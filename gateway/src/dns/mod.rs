@@ -28,6 +28,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     sync::{mpsc, oneshot},
     task::LocalSet,
@@ -47,6 +48,8 @@ const BIND_PAUSE: Duration = Duration::from_millis(100);
 /// How often the counters are written to the log, if they changed.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
+/// File descriptors to ask for: twice [`upstream::SOCKETS`], a little rounded up.
+const FILES: u64 = 8192;
 /// How long [`Handle::close`] waits.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// How much the thread stands back behind workers and the control thread where they share a core, as in nice(2).
@@ -71,6 +74,7 @@ struct Listen {
 /// # Errors
 /// There is no thread or no event queue to be had.
 pub fn start(mark: u32) -> Result<Handle> {
+    raise_file_limit();
     let (orders, arriving) = mpsc::unbounded_channel();
     let (end, ended) = oneshot::channel();
     let tokio = tokio::runtime::Builder::new_current_thread()
@@ -88,6 +92,18 @@ pub fn start(mark: u32) -> Result<Handle> {
         })
         .context("Cannot start the DNS servers' thread")?;
     Ok(Handle { orders, ended })
+}
+
+/// The usual soft limit of 1024 is made for programs that call select(2).
+fn raise_file_limit() {
+    let now = getrlimit(Resource::Nofile);
+    let wanted = now.maximum.map_or(FILES, |hard| hard.min(FILES));
+    if now.current.is_some_and(|soft| soft < wanted) {
+        let raised = Rlimit { current: Some(wanted), maximum: now.maximum };
+        if let Err(e) = setrlimit(Resource::Nofile, raised) {
+            tracing::debug!("Cannot raise the limit of open files to {wanted}: {e}");
+        }
+    }
 }
 
 impl Handle {

@@ -2,10 +2,12 @@
 
 use std::{cell::RefCell, io, net::SocketAddr};
 
+use rustix::process::{Resource, getrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::{TcpSocket, UdpSocket},
+    sync::Semaphore,
 };
 
 use super::{
@@ -13,6 +15,8 @@ use super::{
     stats::{Count, Stats},
 };
 
+/// Open sockets towards nameservers, at most: four for each query in flight.
+pub const SOCKETS: usize = 4000;
 /// The longest datagram, in bytes.
 pub const MAX_MESSAGE: usize = 65_535;
 
@@ -21,14 +25,20 @@ pub const MAX_MESSAGE: usize = 65_535;
 pub struct Upstream {
     /// SO_MARK, so that the kernel never routes a question into our own tunnel. `None` leaves sockets unmarked.
     pub mark: Option<u32>,
+    /// One for each socket that may be open; what finds none waits, and that counts as its nameserver's time: with so
+    /// many open, it is.
+    pub sockets: Semaphore,
     /// Where datagrams are received: never across an await, so that one is enough.
     scratch: RefCell<Vec<u8>>,
 }
 
 impl Upstream {
-    /// Nothing is opened yet.
+    /// Nothing is opened yet. A silent nameserver keeps sockets open for 5 s each; they leave half of the descriptors
+    /// that the process may have to everybody else.
     pub fn new(mark: Option<u32>) -> Self {
-        Self { mark, scratch: RefCell::new(vec![0; MAX_MESSAGE]) }
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let sockets = usize::try_from(descriptors / 2).map_or(SOCKETS, |half| half.min(SOCKETS));
+        Self { mark, sockets: Semaphore::new(sockets), scratch: RefCell::new(vec![0; MAX_MESSAGE]) }
     }
 
     /// Asks over UDP: a socket, a port and an ID for this question alone. The socket is connected, so the kernel drops
@@ -37,6 +47,7 @@ impl Upstream {
     /// # Errors
     /// There is no way to the nameserver, or nothing listens there.
     pub async fn ask_udp(&self, query: &Query, server: SocketAddr, stats: &Stats) -> io::Result<Answer> {
+        let _place = self.sockets.acquire().await.map_err(io::Error::other)?;
         let socket = self.socket(server, Type::DGRAM, Protocol::UDP)?;
         socket.connect(&server.into())?;
         let socket = UdpSocket::from_std(socket.into())?;
@@ -65,6 +76,7 @@ impl Upstream {
     /// # Errors
     /// It does not connect, ends early, or sends something else than the answer.
     pub async fn ask_tcp(&self, query: &Query, server: SocketAddr) -> io::Result<Answer> {
+        let _place = self.sockets.acquire().await.map_err(io::Error::other)?;
         let socket = self.socket(server, Type::STREAM, Protocol::TCP)?;
         socket.set_tcp_nodelay(true)?;
         let mut stream = TcpSocket::from_std_stream(socket.into()).connect(server).await?;

@@ -176,6 +176,27 @@ async fn a_client_over_its_limit_is_refused_until_answers_come() {
     assert_eq!(Message::from_vec(&answer).unwrap().metadata.response_code, ResponseCode::ServFail);
 }
 
+/// A hundred queries at once with two sockets: each waits for its turn, none fails.
+#[tokio::test]
+async fn sockets_are_not_taken_from_the_rest_of_the_process() {
+    LocalSet::new()
+        .run_until(async {
+            let forwarder = forwarder(&[Answers(1)]).await;
+            let sockets = &forwarder.upstream.sockets;
+            sockets.forget_permits(sockets.available_permits() - 2);
+            let asked: FuturesUnordered<_> = (0..100_u8)
+                .map(|last| {
+                    let permit = forwarder.admit(IpAddr::from([100, 64, 0, last])).unwrap();
+                    async move { permit.forward(&query(None), if last % 2 == 0 { Udp } else { Tcp }).await }
+                })
+                .collect();
+            let answers: Vec<Vec<u8>> = asked.collect().await;
+            assert!(answers.iter().all(|answer| answer[3] & 0xf == 0));
+            assert_eq!((answers.len(), forwarder.upstream.sockets.available_permits()), (100, 2));
+        })
+        .await;
+}
+
 /// `_note.lan.test` TXT with ID 0x1234.
 pub fn query(edns: Option<u16>) -> Query {
     let mut message = Message::new(0x1234, MessageType::Query, OpCode::Query);
