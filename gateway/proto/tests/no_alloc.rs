@@ -1,4 +1,5 @@
-//! The packet path allocates nothing: direct and relayed, both directions, permitted, denied, dropped and passed packets.
+//! The packet path allocates nothing: direct and relayed, both directions, permitted, denied, dropped, passed and
+//! translated packets.
 //!
 //! Its own binary, because the counting allocator is global.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -8,7 +9,7 @@ use std::{
     cell::Cell,
     net::SocketAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use boringtun::noise::{Tunn, TunnResult};
@@ -18,7 +19,10 @@ use gateway_proto::{
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Home, Path},
     portal::messages::{Filter, Resource, ResourceKind},
-    worker::{Config, Moved, Worker},
+    worker::{
+        Config, Moved, Worker, inner,
+        nat::{Inbound, Limits, Nat},
+    },
 };
 use uuid::Uuid;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -101,6 +105,28 @@ fn packets_on_their_way_between_workers_allocate_nothing() {
             (2 * rounds, rounds, rounds)
         );
     }
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
+fn packets_of_a_translated_session_allocate_nothing() {
+    let (client, proxy, real) = ("100.64.2.1", "100.96.0.1", "10.0.3.9");
+    let start = Instant::now();
+    let mut nat = Nat::new(1, Limits::default(), start);
+    let mut turn = |second: u64| {
+        let now = start + Duration::from_secs(second);
+        let [mut there, mut back] = [udp(client, proxy, 53), udp(real, client, 53)];
+        let mut view = [&there, &back].map(|packet| inner::view(packet).unwrap());
+        let before = ALLOCATIONS.get();
+        assert!(nat.outbound(&mut there, &mut view[0], real.parse().unwrap(), now).is_ok());
+        assert!(matches!(nat.inbound(&mut back, &mut view[1], now), Inbound::Rewritten(_)));
+        nat.handle_timeout(now);
+        ALLOCATIONS.get() - before
+    };
+    assert!(turn(0) > 0, "a new session has to be put somewhere");
+    // The first session that comes up makes the list of those that did.
+    (1..=60).for_each(|second| _ = turn(second));
+    assert_eq!((61..1000).map(turn).sum::<u64>(), 0);
 }
 
 /// Reservations come from two fixed buffers.

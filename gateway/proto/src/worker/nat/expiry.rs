@@ -95,11 +95,15 @@ impl Wheel {
         }
     }
 
-    /// Takes all that has come up by `now` out and into `due`, which is emptied first.
+    /// The beginning of the last second that was dealt with.
+    pub fn present(&self) -> Instant {
+        self.start + Duration::from_secs(self.done)
+    }
+
+    /// Takes all that has come up by `now` out and into `due`.
     ///
     /// The owner enters those again that have time left.
     pub fn turn(&mut self, now: Instant, due: &mut Vec<Slot>) {
-        due.clear();
         let present = now.saturating_duration_since(self.start).as_secs();
         if present <= self.done {
             return;
@@ -247,6 +251,7 @@ mod tests {
                 }
                 _ => {
                     now += [3, 400, 1000, 1001, 20_000, 70_000, 200_000, 9_000_000][random(8)];
+                    due.clear();
                     wheel.turn(at(now), &mut due);
                     due.sort_unstable();
                     let expect: Vec<_> = model.extract_if(.., |_, second| *second <= now / 1000).collect();

@@ -15,6 +15,8 @@
 mod expired;
 mod expiry;
 mod fifo;
+#[cfg(test)]
+mod garbage;
 mod icmp;
 mod key;
 #[cfg(test)]
@@ -165,7 +167,8 @@ impl Nat {
         Inbound::Rewritten(about.outside)
     }
 
-    /// Ends the sessions whose time is up. Costs what it ends, and one look per session and lifetime.
+    /// Ends the sessions whose time is up. Costs what it ends, and one look per session and lifetime; if many end at
+    /// once, it stops after 256, and [`Nat::poll_timeout`] is in the past.
     ///
     /// A lifetime ends at the first call in or after the whole second (counted from the table's beginning) it falls
     /// into, rounded up.

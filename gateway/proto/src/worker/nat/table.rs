@@ -24,6 +24,10 @@ const UNCONFIRMED: Duration = Duration::from_secs(60);
 /// "FIN seen in both directions: last packet + 5 s".
 const FINISHED: Duration = Duration::from_secs(5);
 
+/// How many sessions are looked at in one go: a client whose sessions all end in one second does not stop the others'
+/// packets for more than a fraction of a millisecond.
+const AT_ONCE: usize = 256;
+
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
@@ -81,7 +85,7 @@ pub struct Table {
     unconfirmed: Fifo,
     expired: Expired,
     wheel: Wheel,
-    /// Kept for its capacity.
+    /// What came up and has not been looked at.
     due: Vec<Slot>,
 }
 
@@ -213,8 +217,7 @@ impl Table {
             }
             None => {
                 self.sessions.push(session);
-                // The limit keeps the number far below.
-                Slot::try_from(self.sessions.len() - 1).unwrap_or(Slot::MAX - 1)
+                Slot::try_from(self.sessions.len() - 1).expect("memory ends before slots do")
             }
         };
         self.by_inside.insert(inside, slot);
@@ -264,19 +267,27 @@ impl Table {
         self.wheel.hasten(slot, deadline);
     }
 
-    /// Ends the sessions whose time is up, to the second.
+    /// Ends the sessions whose time is up, to the second; [`AT_ONCE`] of them, the rest at the next calls.
     pub fn handle_timeout(&mut self, now: Instant) {
-        let mut due = std::mem::take(&mut self.due);
-        self.wheel.turn(now, &mut due);
-        for slot in due.drain(..) {
-            let deadline = self.sessions[slot as usize].deadline();
+        if self.due.is_empty() {
+            self.wheel.turn(now, &mut self.due);
+        }
+        let rest = self.due.len().saturating_sub(AT_ONCE);
+        while self.due.len() > rest
+            && let Some(slot) = self.due.pop()
+        {
+            let session = &self.sessions[slot as usize];
+            // It may have made room since it came up.
+            if self.by_inside.get(&session.inside) != Some(&slot) {
+                continue;
+            }
+            let deadline = session.deadline();
             if self.wheel.is_past(deadline) {
                 self.end(slot, now);
             } else {
                 self.wheel.schedule(slot, deadline);
             }
         }
-        self.due = due;
         self.expired.handle_timeout(now);
         if self.by_inside.is_empty() && self.sessions.capacity() > 256 {
             self.release();
@@ -285,6 +296,9 @@ impl Table {
 
     /// When [`Table::handle_timeout`] has something to do next.
     pub fn poll_timeout(&self) -> Option<Instant> {
+        if !self.due.is_empty() {
+            return Some(self.wheel.present());
+        }
         self.wheel.poll_timeout().into_iter().chain(self.expired.poll_timeout()).min()
     }
 
