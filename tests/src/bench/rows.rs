@@ -31,18 +31,23 @@ pub(super) struct Effort {
 const ATTEMPTS: u32 = 3;
 
 /// TCP takes what it gets. UDP is sent at a rate that all contenders carry: a datagram at a time, and as QUIC stacks do.
-const LOADS: [Load; 3] = [
-    Load::Tcp,
+const LOADS: [Load; 4] = [
+    Load::Tcp { streams: 1 },
+    MANY,
     Load::Udp { bytes: 1200, mbit: 200 },
     Load::Bursts(Bursts { bytes: 1200, mbit: 200, datagrams: 10 }),
 ];
+
+/// Flows whose packets alternate: what merges packets of one flow has many to keep apart.
+const MANY: Load = Load::Tcp { streams: 60 };
 
 /// All of them; those with equal offloads stand together.
 pub(super) fn all() -> Vec<Plan> {
     let mut plans = Vec::new();
     for offloads in [true, false] {
         for relayed in [false, true] {
-            for load in LOADS {
+            // There is nothing to keep apart without offloads, and a relay's row would be the relay's.
+            for load in LOADS.into_iter().filter(|load| *load != MANY || (offloads && !relayed)) {
                 for direction in [Direction::Outbound, Direction::Inbound] {
                     plans.push(Plan { relayed, load, direction, offloads });
                 }
@@ -56,7 +61,8 @@ impl Plan {
     pub(super) fn name(&self) -> String {
         let way = if self.relayed { "relayed" } else { "direct" };
         let load = match self.load {
-            Load::Tcp => "TCP".to_owned(),
+            Load::Tcp { streams: 1 } => "TCP".to_owned(),
+            Load::Tcp { streams } => format!("TCP, {streams} streams"),
             Load::Udp { mbit, .. } => format!("UDP {mbit} Mbit/s"),
             Load::Bursts(Bursts { mbit, datagrams, .. }) => {
                 format!("UDP {mbit} Mbit/s in bursts of {datagrams}")

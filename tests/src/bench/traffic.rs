@@ -19,8 +19,8 @@ use crate::{
 /// What travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Load {
-    /// One stream, as fast as it goes.
-    Tcp,
+    /// Streams side by side, as fast as they go.
+    Tcp { streams: u16 },
     /// Datagrams of this many bytes of payload at this many Mbit/s.
     Udp { bytes: u32, mbit: u32 },
     /// Datagrams of which one system call sends several.
@@ -66,7 +66,7 @@ pub(super) fn run(
     let meter = Meter::new(bed.pid(who), &bed.napi);
     let before = meter.read()?;
     let arrived = match load {
-        Load::Tcp | Load::Udp { .. } => {
+        Load::Tcp { .. } | Load::Udp { .. } => {
             let words = arguments(load, direction, seconds);
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
             arrived(&iperf3(client, IpAddr::V4(who.target()), &words)?, load)?
@@ -91,8 +91,12 @@ pub(super) fn run(
 /// Of iperf3.
 fn arguments(load: Load, direction: Direction, seconds: u32) -> Vec<String> {
     let mut arguments = ["-p", &PORT.to_string(), "-t", &seconds.to_string()].map(str::to_owned).to_vec();
-    if let Load::Udp { bytes, mbit } = load {
-        arguments.extend(["-u", "-b", &format!("{mbit}M"), "-l", &bytes.to_string()].map(str::to_owned));
+    match load {
+        Load::Tcp { streams } => arguments.extend(["-P", &streams.to_string()].map(str::to_owned)),
+        Load::Udp { bytes, mbit } => {
+            arguments.extend(["-u", "-b", &format!("{mbit}M"), "-l", &bytes.to_string()].map(str::to_owned));
+        }
+        Load::Bursts(_) => {}
     }
     if direction == Direction::Inbound {
         arguments.push("-R".to_owned());
@@ -107,7 +111,7 @@ fn arguments(load: Load, direction: Direction, seconds: u32) -> Vec<String> {
 pub(super) fn arrived(report: &Value, load: Load) -> Result<Run> {
     let end = &report["end"];
     let (packets, bytes, seconds, lost_percent) = match load {
-        Load::Tcp => {
+        Load::Tcp { .. } => {
             let sum = &end["sum_received"];
             let bytes = whole(&sum["bytes"]).context("iperf3's bytes")?;
             (bytes / SEGMENT, bytes, sum["seconds"].as_f64(), 0.0)

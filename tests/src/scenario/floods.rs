@@ -119,7 +119,9 @@ fn proven(gateway: PublicKey, socket: &UdpSocket, pressure: &[Vec<u8>]) -> Resul
         }
         socket.send(&initiation(&mut attacker)?)?;
         let mut answer = [0; 256];
-        socket.set_read_timeout(Some(SECOND / 20))?;
+        // Without an answer the cookies are used up, by the pressure itself. A worker's share of them is enough for it again
+        // after this, while its share of what strangers may open is not.
+        socket.set_read_timeout(Some(SECOND / 5))?;
         // What answers the pressure is not for this key.
         while let Ok(length) = socket.recv(&mut answer) {
             let mut scratch = [0; 256];
