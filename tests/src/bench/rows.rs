@@ -46,9 +46,13 @@ pub(super) fn all() -> Vec<Plan> {
     let mut plans = Vec::new();
     for offloads in [true, false] {
         for relayed in [false, true] {
-            // There is nothing to keep apart without offloads, and a relay's row would be the relay's.
-            for load in LOADS.into_iter().filter(|load| *load != MANY || (offloads && !relayed)) {
+            for load in LOADS {
                 for direction in [Direction::Outbound, Direction::Inbound] {
+                    // Merging is what outbound packets meet; a relay's row would be the relay's, and inbound some of the peers
+                    // are too slow for so many streams: iperf3 loses its own connection then.
+                    if load == MANY && (!offloads || relayed || direction == Direction::Inbound) {
+                        continue;
+                    }
                     plans.push(Plan { relayed, load, direction, offloads });
                 }
             }
@@ -108,7 +112,16 @@ fn once(bed: &Bed, who: Who, plan: &Plan, seconds: u32, repeats: &mut u32) -> Re
     let mut repeated = 0;
     loop {
         let client = usize::from(plan.relayed);
-        let run = traffic::run(bed, who, client, plan.load, plan.direction, seconds)?;
+        let run = match traffic::run(bed, who, client, plan.load, plan.direction, seconds) {
+            Ok(run) => run,
+            // iperf3 sometimes loses its own connection through a slow server.
+            Err(error) if repeated + 1 < ATTEMPTS => {
+                println!("    failed, repeated: {}: {error:#}", who.name());
+                repeated += 1;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         if !run.void || repeated + 1 == ATTEMPTS || *repeats == 0 {
             return Ok(Run { repeated, ..run });
         }
