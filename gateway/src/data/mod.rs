@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Every worker has a thread, sockets and a queue of the TUN of its own. A worker sees batches, never devices; this
-//! folder moves bytes and never looks past the headers that segmentation offload needs. Start-up order: [`lock`], [`sysctl`], [`DataPlane::start`], and with the first
-//! `init` [`interface`].
+//! folder moves bytes and never looks past the headers that segmentation offload needs. Start-up order: [`lock`],
+//! [`sysctl`], [`DataPlane::start`], and with the first `init` [`interface`].
 
 pub mod interface;
 pub mod lock;

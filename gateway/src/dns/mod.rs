@@ -2,15 +2,15 @@
 //! queries for DNS resources here, and any other they like.
 //!
 //! ```text
-//! udp::Server, one per address --.                             .-- upstream: one question, one nameserver
+//! udp::bind, one per address --.                               .-- upstream: one question, one nameserver
 //!                                 message --> limits --> forward
-//! tcp::Server, one per address --'                             '-- rtt: whom to ask first
+//! tcp::bind, one per address --'                               '-- rtt: whom to ask first
 //!      connections: which one goes when there are too many         nameservers: /etc/resolv.conf
 //! ```
 //!
 //! All of it runs on a thread of its own: a client that floods its DNS server must not delay the answers that ICE and
-//! the portal wait for, nor packets. Nothing here knows resources or clients; a client is a source address, which the workers have
-//! checked.
+//! the portal wait for, nor packets. Nothing here knows resources or clients; a client is a source address, which the
+//! workers have checked.
 
 mod connections;
 mod forward;
@@ -18,6 +18,7 @@ mod limits;
 mod message;
 mod nameservers;
 mod rtt;
+mod server;
 mod stats;
 mod tcp;
 mod udp;
@@ -39,6 +40,7 @@ use self::{
     connections::Connections,
     forward::Forwarder,
     nameservers::{LOOK_INTERVAL, ResolvConf},
+    server::Server,
 };
 
 /// Attempts to bind; a fresh IPv6 address may be unusable for a moment (dns.md section 2).
@@ -172,8 +174,8 @@ fn look_at(resolv_conf: &mut ResolvConf, forwarder: &Forwarder) {
 
 /// All servers.
 struct Servers {
-    udp: Vec<udp::Server>,
-    tcp: Vec<tcp::Server>,
+    udp: Vec<Server>,
+    tcp: Vec<Server>,
     /// Where they must listen; they do, but for one that died since the last look.
     wanted: BTreeSet<SocketAddr>,
     forwarder: Rc<Forwarder>,
@@ -213,8 +215,8 @@ impl Servers {
     /// One query that brings a server down must not end the service.
     fn revive(&mut self) {
         let before = self.udp.len() + self.tcp.len();
-        self.udp.retain(udp::Server::is_running);
-        self.tcp.retain(tcp::Server::is_running);
+        self.udp.retain(Server::is_running);
+        self.tcp.retain(Server::is_running);
         if self.udp.len() + self.tcp.len() < before {
             tracing::warn!("A DNS server ended by an error of its own; starting it again");
         }
@@ -232,14 +234,13 @@ impl Servers {
             |transport: &str, e: io::Error| anyhow!("Cannot listen on {address} over {transport}: {e}");
         let mut is_new = false;
         if !self.udp.iter().any(|server| server.local() == address) {
-            let server =
-                udp::Server::bind(address, Rc::clone(&self.forwarder)).map_err(|e| cannot("UDP", e))?;
+            let server = udp::bind(address, Rc::clone(&self.forwarder)).map_err(|e| cannot("UDP", e))?;
             self.udp.push(server);
             is_new = true;
         }
         if !self.tcp.iter().any(|server| server.local() == address) {
             let (forwarder, connections) = (Rc::clone(&self.forwarder), Rc::clone(&self.connections));
-            let server = tcp::Server::bind(address, forwarder, connections).map_err(|e| cannot("TCP", e))?;
+            let server = tcp::bind(address, forwarder, connections).map_err(|e| cannot("TCP", e))?;
             self.tcp.push(server);
             is_new = true;
         }

@@ -8,7 +8,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     sync::Notify,
-    task::{JoinHandle, JoinSet, spawn_local},
+    task::JoinSet,
     time::{Instant, sleep_until, timeout},
 };
 
@@ -17,6 +17,7 @@ use super::{
     forward::Forwarder,
     message::{Query, Rejected},
     rtt::Transport,
+    server::Server,
     stats::Count,
     upstream::framed,
 };
@@ -35,46 +36,20 @@ const BACKLOG: i32 = 128;
 /// All TCP connections of all servers; what is notified ends its connection.
 pub type Open = Rc<RefCell<Connections<Rc<Notify>>>>;
 
-/// One listener and its connections; they end with [`Server::close`].
-#[derive(Debug)]
-pub struct Server {
-    local: SocketAddr,
-    task: JoinHandle<()>,
-}
-
-impl Server {
-    /// Listens on exactly `address`. The sockets have no mark, so answers go where packets to clients go.
-    ///
-    /// # Errors
-    /// The address is not there (yet) or taken.
-    pub fn bind(address: SocketAddr, forwarder: Rc<Forwarder>, open: Open) -> io::Result<Self> {
-        let socket =
-            Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-        // Connections of an earlier server on this address may still be closing.
-        socket.set_reuse_address(true)?;
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        let listener = TcpListener::from_std(socket.into())?;
-        let local = listener.local_addr()?;
-        Ok(Self { local, task: spawn_local(accept(listener, forwarder, open)) })
-    }
-
-    /// Where it listens.
-    pub fn local(&self) -> SocketAddr {
-        self.local
-    }
-
-    /// Whether it still does. Nothing but a panic ends it before [`Server::close`].
-    pub fn is_running(&self) -> bool {
-        !self.task.is_finished()
-    }
-
-    /// Frees the address and closes all connections.
-    pub async fn close(self) {
-        self.task.abort();
-        // Cancelled, as just ordered.
-        let _ = self.task.await;
-    }
+/// Listens on exactly `address`. The sockets have no mark, so answers go where packets to clients go. Connections end with
+/// the server.
+///
+/// # Errors
+/// The address is not there (yet) or taken.
+pub fn bind(address: SocketAddr, forwarder: Rc<Forwarder>, open: Open) -> io::Result<Server> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    // Connections of an earlier server on this address may still be closing.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    let listener = TcpListener::from_std(socket.into())?;
+    let local = listener.local_addr()?;
+    Ok(Server::run(local, accept(listener, forwarder, open)))
 }
 
 async fn accept(listener: TcpListener, forwarder: Rc<Forwarder>, open: Open) {

@@ -7,56 +7,28 @@ use std::{
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::{
-    net::UdpSocket,
-    task::{JoinHandle, spawn_local},
-};
+use tokio::{net::UdpSocket, task::spawn_local};
 
 use super::{
     forward::Forwarder,
     message::{Query, Rejected},
     rtt::Transport,
+    server::Server,
     stats::Count,
     upstream::MAX_MESSAGE,
 };
 
-/// One socket, one task; it ends with [`Server::close`].
-#[derive(Debug)]
-pub struct Server {
-    local: SocketAddr,
-    task: JoinHandle<()>,
-}
-
-impl Server {
-    /// Listens on exactly `address`. The socket has no mark, so answers go where packets to clients go.
-    ///
-    /// # Errors
-    /// The address is not there (yet) or taken.
-    pub fn bind(address: SocketAddr, forwarder: Rc<Forwarder>) -> io::Result<Self> {
-        let socket =
-            Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
-        socket.bind(&address.into())?;
-        let socket = UdpSocket::from_std(socket.into())?;
-        let local = socket.local_addr()?;
-        Ok(Self { local, task: spawn_local(serve(socket, forwarder)) })
-    }
-
-    /// Where it listens.
-    pub fn local(&self) -> SocketAddr {
-        self.local
-    }
-
-    /// Whether it still does. Nothing but a panic ends it before [`Server::close`].
-    pub fn is_running(&self) -> bool {
-        !self.task.is_finished()
-    }
-
-    /// Frees the address. Answers to queries in flight are lost.
-    pub async fn close(self) {
-        self.task.abort();
-        // Cancelled, as just ordered.
-        let _ = self.task.await;
-    }
+/// Listens on exactly `address`: one socket, one task. The socket has no mark, so answers go where packets to clients go;
+/// those to queries in flight are lost when the server is closed.
+///
+/// # Errors
+/// The address is not there (yet) or taken.
+pub fn bind(address: SocketAddr, forwarder: Rc<Forwarder>) -> io::Result<Server> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+    socket.bind(&address.into())?;
+    let socket = UdpSocket::from_std(socket.into())?;
+    let local = socket.local_addr()?;
+    Ok(Server::run(local, serve(socket, forwarder)))
 }
 
 async fn serve(socket: UdpSocket, forwarder: Rc<Forwarder>) {

@@ -98,7 +98,7 @@ async fn the_longest_idle_connection_makes_room() {
         .run_until(async {
             let forwarder = Forwarder::new(None);
             let open: Open = Rc::new(RefCell::new(Connections::new()));
-            let server = Server::bind("127.0.0.1:0".parse().unwrap(), Rc::clone(&forwarder), open).unwrap();
+            let server = bind("127.0.0.1:0".parse().unwrap(), Rc::clone(&forwarder), open).unwrap();
             let query = framed(&forward::tests::query(None).with_id(1));
             let mut streams = Vec::new();
             for _ in 0..=PER_CLIENT {
