@@ -9,7 +9,7 @@ use super::{
     accounting::{self, Meter},
     bed::{Bed, Who},
     burst::{self, Bursts},
-    report::{Cost, Run},
+    report::Run,
 };
 use crate::{
     net::process::{Process, Spawn},
@@ -65,7 +65,7 @@ pub(super) fn run(
     let client = &bed.cx.topology.clients[index].namespace;
     let meter = Meter::new(bed.pid(who), &bed.napi);
     let before = meter.read()?;
-    let arrived = match load {
+    let seen = match load {
         Load::Tcp { .. } | Load::Udp { .. } => {
             let words = arguments(load, direction, seconds);
             let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -73,19 +73,32 @@ pub(super) fn run(
         }
         Load::Bursts(bursts) => {
             let seen = burst::run(client, &bed.cx.topology.lan, who.target(), bursts, direction, seconds)?;
-            Run {
-                packets: seen.arrived,
-                bytes: seen.arrived * u64::from(bursts.bytes),
-                seconds: seen.seconds,
-                lost_percent: 100.0 * (seen.sent - seen.arrived) as f64 / seen.sent.max(1) as f64,
-                cost: Cost::default(),
-                void: false,
-                repeated: 0,
-            }
+            Arrived::datagrams(seen.sent, seen.arrived, bursts.bytes, seen.seconds)
         }
     };
     let cost = before.until(&meter.read()?);
-    Ok(Run { cost, void: accounting::is_void(&cost), ..arrived })
+    let Arrived { packets, bytes, seconds, lost_percent } = seen;
+    Ok(Run { packets, bytes, seconds, lost_percent, cost, void: accounting::is_void(&cost), repeated: 0 })
+}
+
+/// What the receiver saw.
+struct Arrived {
+    packets: u64,
+    bytes: u64,
+    seconds: f64,
+    lost_percent: f64,
+}
+
+impl Arrived {
+    /// Datagrams of `size` bytes of payload.
+    fn datagrams(sent: u64, arrived: u64, size: u32, seconds: f64) -> Self {
+        Self {
+            packets: arrived,
+            bytes: arrived * u64::from(size),
+            seconds,
+            lost_percent: 100.0 * (sent - arrived) as f64 / sent.max(1) as f64,
+        }
+    }
 }
 
 /// Of iperf3.
@@ -104,29 +117,25 @@ fn arguments(load: Load, direction: Direction, seconds: u32) -> Vec<String> {
     arguments
 }
 
-/// iperf3's report as the receiver sees it; without a cost.
+/// iperf3's report as the receiver sees it.
 ///
 /// # Errors
 /// If it lacks something.
-pub(super) fn arrived(report: &Value, load: Load) -> Result<Run> {
+fn arrived(report: &Value, load: Load) -> Result<Arrived> {
     let end = &report["end"];
-    let (packets, bytes, seconds, lost_percent) = match load {
+    let sum = if matches!(load, Load::Tcp { .. }) { &end["sum_received"] } else { &end["sum"] };
+    let seconds = sum["seconds"].as_f64().context("iperf3's seconds")?;
+    match load {
         Load::Tcp { .. } => {
-            let sum = &end["sum_received"];
             let bytes = whole(&sum["bytes"]).context("iperf3's bytes")?;
-            (bytes / SEGMENT, bytes, sum["seconds"].as_f64(), 0.0)
+            Ok(Arrived { packets: bytes / SEGMENT, bytes, seconds, lost_percent: 0.0 })
         }
         Load::Udp { bytes: size, .. } | Load::Bursts(Bursts { bytes: size, .. }) => {
-            let sum = &end["sum"];
             let sent = whole(&sum["packets"]).context("iperf3's packets")?;
             let lost = whole(&sum["lost_packets"]).context("iperf3's losses")?;
-            let packets = sent.saturating_sub(lost);
-            let percent = 100.0 * lost as f64 / sent.max(1) as f64;
-            (packets, packets * u64::from(size), sum["seconds"].as_f64(), percent)
+            Ok(Arrived::datagrams(sent, sent.saturating_sub(lost), size, seconds))
         }
-    };
-    let seconds = seconds.context("iperf3's seconds")?;
-    Ok(Run { packets, bytes, seconds, lost_percent, cost: Cost::default(), void: false, repeated: 0 })
+    }
 }
 
 /// iperf3 writes large numbers with an exponent.
