@@ -100,9 +100,11 @@ fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
     }
 }
 
-/// Initiations that leave nothing of what strangers may open, after a few attempts; more at once would use up the cookies that
-/// they are about.
-const PRESSURE: usize = 20;
+/// Initiations that leave nothing of what strangers may open, after a few attempts: twice what a single worker may open again
+/// during [`PAUSE`]. More at once would use up the cookies that they are about: four workers have 50 each after that time.
+const PRESSURE: usize = 40;
+/// How long the answer to an attempt may take.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Initiations with the MAC2 that this socket's address earns. Only beyond the budget of strangers is the answer a cookie,
 /// and each worker has a share of it: the pressure takes the same way.
@@ -119,9 +121,9 @@ fn proven(gateway: PublicKey, socket: &UdpSocket, pressure: &[Vec<u8>]) -> Resul
         }
         socket.send(&initiation(&mut attacker)?)?;
         let mut answer = [0; 256];
-        // Without an answer the cookies are used up, by the pressure itself. A worker's share of them is enough for it again
-        // after this, while its share of what strangers may open is not.
-        socket.set_read_timeout(Some(SECOND / 5))?;
+        // Without an answer it was opened, or the cookies are used up, by the pressure itself. A worker's share of them is enough
+        // for it again after this, while its share of what strangers may open is not.
+        socket.set_read_timeout(Some(PAUSE))?;
         // What answers the pressure is not for this key.
         while let Ok(length) = socket.recv(&mut answer) {
             let mut scratch = [0; 256];
