@@ -205,8 +205,9 @@ pub(super) fn prefer(tid: i32) -> Result<()> {
         .with_context(|| format!("cannot raise the priority of thread {tid}"))
 }
 
-/// While it lives, this session goes before other ones. With CONFIG_SCHED_AUTOGROUP niceness counts within a session only, and
-/// a compiler in another one would get as much as the whole benchmark (sched(7), "The autogroup feature").
+/// While it lives, this session goes before other ones, and behind the kernel's NAPI threads, which are in no session: a flooder
+/// of equal rank would starve the routers. With CONFIG_SCHED_AUTOGROUP niceness counts within a session only, and a compiler in
+/// another one would get as much as the whole benchmark (sched(7), "The autogroup feature").
 pub(super) struct Foremost {
     /// Niceness of the session before; none where there are no autogroups.
     before: Option<String>,
@@ -214,12 +215,14 @@ pub(super) struct Foremost {
 
 impl Foremost {
     const FILE: &str = "/proc/self/autogroup";
+    /// Nine times a usual session's weight, a ninth of a NAPI thread's.
+    const NICE: &str = "-10";
 
     pub(super) fn new() -> Self {
         // /autogroup-415 nice 0
         let text = std::fs::read_to_string(Self::FILE).unwrap_or_default();
         let before = text.trim_end().rsplit_once("nice ").map(|(_, nice)| nice.to_owned());
-        let accepted = before.is_some() && std::fs::write(Self::FILE, "-20").is_ok();
+        let accepted = before.is_some() && std::fs::write(Self::FILE, Self::NICE).is_ok();
         Self { before: before.filter(|_| accepted) }
     }
 }
@@ -229,6 +232,29 @@ impl Drop for Foremost {
         if let Some(before) = &self.before {
             let _ = std::fs::write(Self::FILE, before);
         }
+    }
+}
+
+/// While it lives, an idle core polls for work instead of halting, as bare metal does that is tuned for latency (tuned's
+/// `network-latency` profile asks for it in the same way). In a virtual machine waking a halted core is an exit to the
+/// hypervisor of 10 to 20 us, which whoever sends the packet pays: the far ends' wake-up would be most of a gateway's cost.
+pub(super) struct Awake {
+    /// The kernel takes the wish back when it is closed (Documentation/power/pm_qos_interface.rst).
+    _wish: std::fs::File,
+}
+
+impl Awake {
+    const FILE: &str = "/dev/cpu_dma_latency";
+
+    /// # Errors
+    /// If the kernel has no such interface, or does not let this process use it.
+    pub(super) fn new() -> Result<Self> {
+        let ask = || -> std::io::Result<_> {
+            let mut wish = std::fs::OpenOptions::new().write(true).open(Self::FILE)?;
+            std::io::Write::write_all(&mut wish, &0_i32.to_ne_bytes())?;
+            Ok(wish)
+        };
+        Ok(Self { _wish: ask().with_context(|| format!("{}: idle cores halt", Self::FILE))? })
     }
 }
 

@@ -163,8 +163,11 @@ impl Bed {
             // A veth hands what it receives to NAPI only if the other end has no TSO. Towards the gateway that matters
             // more: TCP arrives there as from a NIC, in frames that GRO merges.
             let tso = word(on && !is_towards_gateway(topology, namespace, &interface));
+            // What the gateway forwards is merged where it arrives, as README.md advises.
+            let merge = word(on && namespace.name() == topology.gateway.namespace.name());
             let features = ["gso", word(on), "tso", tso, "tx-udp-segmentation", word(on)];
-            let command: Vec<&str> = ["ethtool", "-K", &interface].into_iter().chain(features).collect();
+            let command = ["ethtool", "-K", &interface].into_iter().chain(features);
+            let command: Vec<&str> = command.chain(["rx-udp-gro-forwarding", merge]).collect();
             run(namespace, Duration::from_secs(5), &command)?.success()?;
         }
         Ok(())
@@ -239,6 +242,10 @@ pub(super) fn threads_everywhere(topology: &Topology) -> Result<Vec<i32>> {
     Ok(threads)
 }
 
+/// As a NIC's interrupt moderation: a NAPI thread that has found packets looks again after 50 us, and no packet wakes it before.
+/// It sleeps for good after a look that finds nothing.
+const MODERATION: &str = "echo 1 > $dev/napi_defer_hard_irqs; echo 50000 > $dev/gro_flush_timeout";
+
 /// Who handles what the gateway sends, at the other ends of its two links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Behind {
@@ -278,6 +285,8 @@ fn interfaces(
         } else {
             ("echo 1 > $dev/threaded".to_owned(), "threaded NAPI")
         };
+        let setting =
+            if ours && behind_gateway == Behind::Rps { format!("{setting}; {MODERATION}") } else { setting };
         // A namespace's interfaces are seen in a sysfs that was mounted inside it.
         let script = format!("set -e; mount -t sysfs sysfs /sys; dev=/sys/class/net/{interface}; {setting}");
         let before = napi_threads();

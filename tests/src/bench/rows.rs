@@ -30,34 +30,38 @@ pub(super) struct Effort {
 /// Attempts at one run.
 const ATTEMPTS: u32 = 3;
 
-/// TCP takes what it gets. UDP is sent at a rate that all contenders carry: a datagram at a time, and as QUIC stacks do.
-const LOADS: [Load; 4] = [
-    Load::Tcp { streams: 1 },
-    MANY,
-    Load::Udp { bytes: 1200, mbit: 200 },
-    Load::Bursts(Bursts { bytes: 1200, mbit: 200, datagrams: 10 }),
-];
-
+/// TCP takes what it gets.
+const ONE: Load = Load::Tcp { streams: 1 };
 /// Flows whose packets alternate: what merges packets of one flow has many to keep apart.
 const MANY: Load = Load::Tcp { streams: 60 };
 
+/// One datagram a system call.
+const fn single(mbit: u32) -> Load {
+    Load::Udp { bytes: 1200, mbit }
+}
+
+/// As QUIC stacks send.
+const fn bursts(mbit: u32) -> Load {
+    Load::Bursts(Bursts { bytes: 1200, mbit, datagrams: 10 })
+}
+
+/// UDP is sent at a rate that most contenders carry: where each frame holds one packet, and through the relay, half as much.
+const DIRECT: [Load; 4] = [ONE, single(400), bursts(400), single(200)];
+const SLOWER: [Load; 3] = [ONE, single(200), bursts(200)];
+
 /// All of them; those with equal offloads stand together.
 pub(super) fn all() -> Vec<Plan> {
+    let both = [Direction::Outbound, Direction::Inbound];
     let mut plans = Vec::new();
-    for offloads in [true, false] {
-        for relayed in [false, true] {
-            for load in LOADS {
-                for direction in [Direction::Outbound, Direction::Inbound] {
-                    // Merging is what outbound packets meet; a relay's row would be the relay's, and inbound some of the peers
-                    // are too slow for so many streams: iperf3 loses its own connection then.
-                    if load == MANY && (!offloads || relayed || direction == Direction::Inbound) {
-                        continue;
-                    }
-                    plans.push(Plan { relayed, load, direction, offloads });
-                }
-            }
+    for (offloads, relayed) in [(true, false), (true, true), (false, false), (false, true)] {
+        let loads: &[Load] = if offloads && !relayed { &DIRECT } else { &SLOWER };
+        for load in loads {
+            plans.extend(both.map(|direction| Plan { relayed, load: *load, direction, offloads }));
         }
     }
+    // Merging is what outbound packets meet. A relay's row would be the relay's, and inbound some of the peers are too slow for
+    // so many streams: iperf3 loses its own connection then.
+    plans.insert(2, Plan { relayed: false, load: MANY, direction: Direction::Outbound, offloads: true });
     plans
 }
 

@@ -47,8 +47,8 @@ struct Seen {
 /// # Errors
 /// If something does not come up, or the gateway has another number of workers than asked for.
 pub(super) fn measure(directory: &Path, gateway: &Path, rounds: usize, seconds: u32) -> Result<Vec<Workers>> {
-    let rates = search(directory, gateway)?;
     let time = Duration::from_secs(seconds.into());
+    let rates = search(directory, gateway, time)?;
     let mut seen: Vec<Vec<Vec<Seen>>> =
         DIRECTIONS.iter().map(|_| COUNTS.iter().map(|_| Vec::new()).collect()).collect();
     for round in 1..=rounds {
@@ -67,8 +67,8 @@ pub(super) fn measure(directory: &Path, gateway: &Path, rounds: usize, seconds: 
     Ok(DIRECTIONS.iter().zip(seen).map(|((_, name), seen)| summary(name, seen)).collect())
 }
 
-/// What one worker of two can be offered in each direction, datagrams a second.
-fn search(directory: &Path, gateway: &Path) -> Result<Vec<u64>> {
+/// What one worker of two can be offered in each direction for `time`, datagrams a second.
+fn search(directory: &Path, gateway: &Path, time: Duration) -> Result<Vec<u64>> {
     let workers = COUNTS[COUNTS.len() - 1];
     let mut crowd = Crowd::start(&directory.join("crowd-search"), gateway, workers, CLIENTS)?;
     let of = |(direction, name): &(Direction, &str)| {
@@ -85,11 +85,26 @@ fn search(directory: &Path, gateway: &Path) -> Result<Vec<u64>> {
             }
             rate = if one.least < BUSY { rate * 5 / 4 } else { rate * 10 / 9 };
         }
-        // Away from the edge, where any disturbance costs packets.
         let good = good.with_context(|| format!("{name}: not even {FIRST_RATE} packets a second arrive"))?;
-        Ok(good * 19 / 20 / workers as u64)
+        // Away from the edge, where any disturbance costs packets.
+        let mut rate = good * 19 / 20;
+        while !lasts(&mut crowd, *direction, rate, time)? && rate > FIRST_RATE / 2 {
+            println!("    search: {workers} workers, {name}, {} kpps do not last", rate / 1000);
+            rate = rate * 9 / 10;
+        }
+        Ok(rate / workers as u64)
     };
     DIRECTIONS.iter().map(of).collect()
+}
+
+/// Whether a rate is carried for as long as a run takes, every time.
+fn lasts(crowd: &mut Crowd, direction: Direction, rate: u64, time: Duration) -> Result<bool> {
+    for _ in 0..TRIES / 2 {
+        if send(crowd, direction, rate, time)?.run.void {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The first run of several in which what was offered was carried, or a void one: somebody else had the cores.
