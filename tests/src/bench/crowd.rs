@@ -173,7 +173,7 @@ impl Crowd {
             }
             Direction::Inbound => {
                 let sent = send(&self.far, &self.heard, per_second, time)?;
-                std::thread::sleep(GRACE);
+                self.settle()?;
                 sent
             }
         };
@@ -191,6 +191,21 @@ impl Crowd {
                 Sent { sent: far_end, arrived: after.skimmed - before.skimmed + opened, opened, seconds }
             }
         })
+    }
+
+    /// Waits until the clients have counted what waits in their sockets: it would count as the next run's.
+    fn settle(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut counted = None;
+        loop {
+            std::thread::sleep(GRACE);
+            let report = self.swarm.report()?;
+            let now = (report.skimmed, report.opened);
+            if counted.replace(now) == Some(now) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the clients still count what came to them");
+        }
     }
 }
 

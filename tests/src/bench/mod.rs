@@ -139,10 +139,14 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path, refused: Optio
     let everything = arguments.only.is_none() && !arguments.smoke;
     let aead = if asked("aead") { aead::measure()? } else { Vec::new() };
     let rounds = effort.rounds.min(3);
+    // What was measured before is not lost to what fails after it.
+    let mut failures = Vec::new();
+    let mut kept = |what: &str, error| failures.push(format!("{what} could not be measured: {error:#}"));
     let mut floods = Vec::new();
     if asked("flood") {
         println!("a session during floods");
-        floods = flood::measure(&mut bed, rounds, effort.seconds + 1)?;
+        let seen = flood::measure(&mut bed, rounds, effort.seconds + 1);
+        floods = seen.map_err(|error| kept("floods", error)).unwrap_or_default();
     }
     let mut notes = bed.notes.clone();
     // The next topology has the same names.
@@ -151,14 +155,17 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path, refused: Optio
     if asked("workers") {
         println!("one worker and two");
         let gateway = scenario::gateway_path(arguments.gateway.as_deref());
-        workers = workers::measure(directory, &gateway, rounds, effort.seconds + 1)?;
+        let seen = workers::measure(directory, &gateway, rounds, effort.seconds + 1);
+        workers = seen.map_err(|error| kept("several workers", error)).unwrap_or_default();
     }
+    notes.extend(failures.iter().cloned());
     notes.extend(NOTES.iter().map(|&note| note.to_owned()));
     let results = Results { about: about(arguments, cores, effort)?, notes, rows, aead, workers, floods };
     println!("\n{}", markdown::render(&results));
     if everything {
         markdown::save(&results)?;
     }
+    ensure!(failures.is_empty(), "{}", failures.join("; "));
     Ok(())
 }
 
@@ -181,12 +188,10 @@ const NOTES: &[&str] = &[
     "UDP without bursts is one datagram a system call: 25 us apart at 400 Mbit/s, about two for each look of NAPI. At 200 Mbit/s \
      there is one, and no offload has anything to do: the kernel's routing of that one packet and the wake-up are the same for \
      everybody, half of our cost, and bound the ratio. Bursts of 10 datagrams a call are what QUIC stacks send.",
-    "At a fixed rate every packet of the kernel's own routing wakes its NAPI thread, while a tunnel's come in batches: that \
-     floor is one for TCP only.",
     "Relayed rows have no peer (a plain WireGuard server speaks no TURN); coturn, on core 0 with the clients, bounds their \
      throughput, and sends every datagram by a call of its own.",
     "Several workers: each worker has a core and the same load, 16 clients together, in bursts of 32 datagrams of 1200 bytes; \
-     how much is what two workers were found to carry, less a twentieth. Far ends and NAPI threads (those of the gateway count) \
+     how much is what two workers were found to carry, less a tenth or more. Far ends and NAPI threads (those of the gateway count) \
      share both cores with the workers, so a worker cannot have all of its own. Clients encrypt before \
      the measured time and decrypt a sample. Floods: one flooder sends single datagrams as fast as core 0 lets it, from one address; goodput is 100 Mbit/s of UDP \
      through an established session.",

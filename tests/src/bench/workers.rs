@@ -87,7 +87,7 @@ fn search(directory: &Path, gateway: &Path, time: Duration) -> Result<Vec<u64>> 
         }
         let good = good.with_context(|| format!("{name}: not even {FIRST_RATE} packets a second arrive"))?;
         // Away from the edge, where any disturbance costs packets.
-        let mut rate = good * 19 / 20;
+        let mut rate = good * 9 / 10;
         while !lasts(&mut crowd, *direction, rate, time)? && rate > FIRST_RATE / 2 {
             println!("    search: {workers} workers, {name}, {} kpps do not last", rate / 1000);
             rate = rate * 9 / 10;
