@@ -38,6 +38,11 @@ uuid_id!(
     RelayId
 );
 
+uuid_id!(
+    /// What permits a client one resource by one policy, as the portal's ingest tokens name it.
+    PolicyAuthorizationId
+);
+
 /// The 24-bit index of one connection: the upper bits of every WireGuard index we hand out
 /// (connections.md section 10.2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

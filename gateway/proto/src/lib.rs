@@ -18,7 +18,9 @@
 
 pub mod addr;
 pub mod command;
+pub mod flow;
 pub mod ids;
+pub mod names;
 pub mod portal;
 pub mod sink;
 
