@@ -21,6 +21,7 @@ pub mod command;
 pub mod flow;
 pub mod ids;
 pub mod names;
+pub mod pattern;
 pub mod portal;
 pub mod sink;
 
