@@ -60,7 +60,7 @@ use x25519_dalek::StaticSecret;
 
 pub use self::{
     capabilities::Capabilities,
-    udp::{BufferSizes, MARK},
+    udp::{BufferSizes, MARK, PORT},
 };
 use self::{
     capabilities::{Capability, InUse},

@@ -74,6 +74,12 @@ impl Forwarder {
         }
     }
 
+    /// Whom it asks.
+    #[cfg(test)]
+    pub fn nameservers(&self) -> Vec<SocketAddr> {
+        self.nameservers.borrow().servers.clone()
+    }
+
     /// Whether `client` may ask now.
     ///
     /// # Errors

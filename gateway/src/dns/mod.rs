@@ -1,25 +1,30 @@
 //! Layer-4 DNS servers on the gateway's tunnel addresses (dns.md sections 1 to 4): clients send their SRV and TXT
-//! queries for DNS resources here, and any other they like.
+//! queries for DNS resources here, and any other they like. And the look-ups of the machine's own names (section 6).
 //!
 //! ```text
 //! udp::bind, one per address --.                               .-- upstream: one question, one nameserver
 //!                                 message --> limits --> forward
 //! tcp::bind, one per address --'                               '-- rtt: whom to ask first
-//!      connections: which one goes when there are too many         nameservers: /etc/resolv.conf
+//!      connections: which one goes when there are too many         nameservers --.
+//!                                                                                 system: resolv.conf, hosts
+//! look_up_afresh ----------> resolver --> hickory --> provider: its sockets -----'
 //! ```
 //!
 //! All of it runs on a thread of its own: a client that floods its DNS server must not delay the answers that ICE and
 //! the portal wait for, nor packets. Nothing here knows resources or clients; a client is a source address, which the
-//! workers have checked.
+//! workers have checked. Only [`look_up_afresh`] runs where it is called.
 
 mod connections;
 mod forward;
 mod limits;
 mod message;
 mod nameservers;
+mod provider;
+mod resolver;
 mod rtt;
 mod server;
 mod stats;
+mod system;
 mod tcp;
 mod udp;
 mod upstream;
@@ -29,6 +34,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use gateway_proto::names::{DomainName, Resolved};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -39,14 +45,19 @@ use tokio::{
 use self::{
     connections::Connections,
     forward::Forwarder,
-    nameservers::{LOOK_INTERVAL, ResolvConf},
+    resolver::Resolver,
     server::Server,
+    system::{Hosts, ResolvConf, Watched},
 };
 
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+const HOSTS: &str = "/etc/hosts";
 /// Attempts to bind; a fresh IPv6 address may be unusable for a moment (dns.md section 2).
 const BIND_ATTEMPTS: usize = 3;
 /// The pause after a failed one.
 const BIND_PAUSE: Duration = Duration::from_millis(100);
+/// How often the system's files are looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the counters are written to the log, if they changed.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -96,6 +107,20 @@ pub fn start(mark: u32) -> Result<Handle> {
     Ok(Handle { orders, ended })
 }
 
+/// Looks `name` up once by what the machine's files say now, without any cache; takes 10 s at most. Sockets get SO_MARK
+/// `mark`.
+pub async fn look_up_afresh(name: &DomainName, mark: Option<u32>) -> Resolved {
+    let resolver = Resolver::new(mark, resolver::LIMIT);
+    match Watched::new(Path::new(RESOLV_CONF)).look() {
+        Ok(text) => resolver.set_conf(ResolvConf::parse(&text.unwrap_or_default())),
+        Err(e) => tracing::debug!("Cannot read {RESOLV_CONF}: {e}; asking the nameserver on this machine"),
+    }
+    if let Ok(Some(text)) = Watched::new(Path::new(HOSTS)).look() {
+        resolver.set_hosts(Hosts::parse(&text));
+    }
+    resolver.look_up(name).await
+}
+
 /// The usual soft limit of 1024 is made for programs that call select(2).
 fn raise_file_limit() {
     let now = getrlimit(Resource::Nofile);
@@ -130,7 +155,9 @@ impl Handle {
 
 async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
     let forwarder = Forwarder::new(Some(mark));
-    let mut resolv_conf = ResolvConf::new(Path::new("/etc/resolv.conf"));
+    // Until the file is read.
+    forwarder.set_nameservers(ResolvConf::parse("").servers().to_vec());
+    let mut files = Files::new(Path::new(RESOLV_CONF));
     let mut servers = Servers::new(Rc::clone(&forwarder));
     let mut look = interval(LOOK_INTERVAL);
     let mut report = interval(REPORT_INTERVAL);
@@ -146,7 +173,7 @@ async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
                 None => break,
             },
             _ = look.tick() => {
-                look_at(&mut resolv_conf, &forwarder);
+                files.look(&forwarder);
                 servers.revive();
             }
             _ = report.tick() => forwarder.stats.report(),
@@ -155,20 +182,31 @@ async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
     forwarder.stats.report();
 }
 
-fn look_at(resolv_conf: &mut ResolvConf, forwarder: &Forwarder) {
-    match resolv_conf.look() {
-        Ok(None) => {}
-        Ok(Some(servers)) => {
-            tracing::debug!(?servers, "Nameservers");
-            if servers.is_empty() {
-                tracing::warn!(
-                    "/etc/resolv.conf names no nameserver; clients' DNS queries fail until it does"
-                );
+/// What the machine says about names.
+struct Files {
+    resolv_conf: Watched,
+}
+
+impl Files {
+    fn new(resolv_conf: &Path) -> Self {
+        Self { resolv_conf: Watched::new(resolv_conf) }
+    }
+
+    /// Tells what has changed.
+    fn look(&mut self, forwarder: &Forwarder) {
+        match self.resolv_conf.look() {
+            Ok(None) => {}
+            Ok(Some(text)) => {
+                let conf = ResolvConf::parse(&text);
+                tracing::debug!(?conf, "Nameservers");
+                if conf.nameservers.is_empty() {
+                    tracing::info!("/etc/resolv.conf names no nameserver; asking the one on this machine");
+                }
+                forwarder.set_nameservers(conf.servers().to_vec());
             }
-            forwarder.set_nameservers(servers);
+            // Those that are known stay: a file that is being replaced is away for a moment.
+            Err(e) => tracing::warn!("Cannot read /etc/resolv.conf: {e}; going on as before"),
         }
-        // Those that are known stay: a file that is being replaced is away for a moment.
-        Err(e) => tracing::warn!("Cannot read /etc/resolv.conf: {e}; clients' DNS queries go on as before"),
     }
 }
 

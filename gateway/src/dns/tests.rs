@@ -105,3 +105,29 @@ async fn a_server_that_died_comes_back() {
         })
         .await;
 }
+
+#[test]
+fn the_nameservers_are_those_of_the_file_as_it_is_now() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, new) = (folder.path().join("resolv.conf"), folder.path().join("new"));
+    let forwarder = Forwarder::new(None);
+    let mut files = Files::new(&file);
+    for (text, expect) in [
+        (Some("nameserver 192.0.2.1\n"), "192.0.2.1:53"),
+        // The same length, another file.
+        (Some("nameserver 192.0.2.2\n"), "192.0.2.2:53"),
+        // Away for a moment, then without any.
+        (None, "192.0.2.2:53"),
+        (Some("options edns0\n"), "127.0.0.1:53"),
+    ] {
+        match text {
+            Some(text) => {
+                std::fs::write(&new, text).unwrap();
+                std::fs::rename(&new, &file).unwrap();
+            }
+            None => std::fs::remove_file(&file).unwrap(),
+        }
+        files.look(&forwarder);
+        assert_eq!(forwarder.nameservers(), [expect.parse().unwrap()], "{text:?}");
+    }
+}

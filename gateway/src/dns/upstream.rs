@@ -48,7 +48,7 @@ impl Upstream {
     /// There is no way to the nameserver, or nothing listens there.
     pub async fn ask_udp(&self, query: &Query, server: SocketAddr, stats: &Stats) -> io::Result<Answer> {
         let _place = self.sockets.acquire().await.map_err(io::Error::other)?;
-        let socket = self.socket(server, Type::DGRAM, Protocol::UDP)?;
+        let socket = marked_socket(server, Type::DGRAM, Protocol::UDP, self.mark)?;
         socket.connect(&server.into())?;
         let socket = UdpSocket::from_std(socket.into())?;
         let id = rand::random();
@@ -77,7 +77,7 @@ impl Upstream {
     /// It does not connect, ends early, or sends something else than the answer.
     pub async fn ask_tcp(&self, query: &Query, server: SocketAddr) -> io::Result<Answer> {
         let _place = self.sockets.acquire().await.map_err(io::Error::other)?;
-        let socket = self.socket(server, Type::STREAM, Protocol::TCP)?;
+        let socket = marked_socket(server, Type::STREAM, Protocol::TCP, self.mark)?;
         socket.set_tcp_nodelay(true)?;
         let mut stream = TcpSocket::from_std_stream(socket.into()).connect(server).await?;
         let id = rand::random();
@@ -87,14 +87,23 @@ impl Upstream {
         stream.read_exact(&mut answer).await?;
         query.accept(&answer, id).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "not the answer"))
     }
+}
 
-    fn socket(&self, server: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
-        let socket = Socket::new(Domain::for_address(server), kind.nonblocking(), Some(protocol))?;
-        if let Some(mark) = self.mark {
-            socket.set_mark(mark)?;
-        }
-        Ok(socket)
+/// A socket that does not block, with SO_MARK `mark`, so that the kernel never routes what it sends into our own tunnel.
+///
+/// # Errors
+/// There is none to be had, or the mark is refused.
+pub fn marked_socket(
+    server: SocketAddr,
+    kind: Type,
+    protocol: Protocol,
+    mark: Option<u32>,
+) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(server), kind.nonblocking(), Some(protocol))?;
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
     }
+    Ok(socket)
 }
 
 /// With its length in front (RFC 1035 section 4.2.2), in one piece (RFC 7766 section 8).

@@ -2,14 +2,16 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use gateway_proto::portal::{Generation, failure::Failure, login_url::LoginUrl};
-use hickory_resolver::TokioResolver;
+use gateway_proto::{
+    names::{DomainName, Lookup, Resolved},
+    portal::{Generation, failure::Failure, login_url::LoginUrl},
+};
 use rustls_pki_types::ServerName;
 use tokio::{
     net::{TcpSocket, TcpStream},
@@ -19,13 +21,15 @@ use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
 use super::upgrade::{self, Request, WebSocket};
+use crate::dns;
 
-/// For the whole lookup, whatever `/etc/resolv.conf` says about attempts.
-const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
 /// Section 2 item 3.
 const TCP_LIMIT: Duration = Duration::from_secs(5);
 /// Section 2 item 6: TCP, TLS and WebSocket together.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(15);
+/// Why a name has no address.
+const CANNOT_TELL: &str = "is not known: no nameserver can tell";
+const SILENT: &str = "is not known: no nameserver answered in time";
 /// A name with more addresses than this is a mistake; we dial them all at once.
 const MAX_ADDRESSES: usize = 16;
 
@@ -48,7 +52,7 @@ impl Dialer {
     /// An open WebSocket on the endpoint of `generation`.
     pub async fn connect(&self, generation: Generation) -> Result<WebSocket, Failure> {
         // Right before dialling, so that no address is older than the back-off (section 14 item 14).
-        let addresses = resolve(&self.login.host()).await?;
+        let addresses = resolve(&self.login.host(), self.mark).await?;
         let limit = HANDSHAKE_LIMIT;
         let attempt = timeout(limit, self.open(&addresses, generation)).await;
         attempt.unwrap_or(Err(Failure::TimedOut { what: "connecting to the portal", limit }))
@@ -137,28 +141,35 @@ pub fn marked_tcp_socket(address: SocketAddr, mark: Option<u32>) -> Result<TcpSo
     Ok(socket)
 }
 
-/// Hosts file first, then A and AAAA. The resolver is made afresh, so that a changed `/etc/resolv.conf` or `/etc/hosts`
-/// counts and no answer is older than this attempt.
-async fn resolve(host: &str) -> Result<Vec<IpAddr>, Failure> {
+/// The addresses of both families, as the machine knows them now: a changed `/etc/resolv.conf` or `/etc/hosts` counts, and
+/// no answer is older than this attempt. The questions are marked as the connection is.
+async fn resolve(host: &str, mark: Option<u32>) -> Result<Vec<IpAddr>, Failure> {
     if let Ok(ip) = host.parse() {
         return Ok(vec![ip]);
     }
-    let mut builder = TokioResolver::builder_tokio()
-        .map_err(|e| Failure::Resolve(format!("/etc/resolv.conf cannot be used: {e}")))?;
-    builder.options_mut().ip_strategy = hickory_resolver::config::LookupIpStrategy::Ipv4AndIpv6;
-    let resolver = builder.build().map_err(|e| Failure::Resolve(e.to_string()))?;
-    let limit = RESOLVE_LIMIT;
-    let lookup = timeout(limit, resolver.lookup_ip(host)).await;
-    let lookup = lookup.map_err(|_| Failure::TimedOut { what: "resolving the portal's host", limit })?;
-    let lookup = lookup.map_err(|e| Failure::Resolve(format!("{host}: {e}")))?;
-    let mut addresses: Vec<IpAddr> = lookup.iter().collect();
+    let no = |why: &str| Failure::Resolve(format!("{host} {why}"));
+    let name = DomainName::parse(host).ok_or_else(|| no("is no host name"))?;
+    // Without the right to mark sockets nobody would answer: that has a better message.
+    if let Err(failure @ Failure::Mark(_)) = marked_tcp_socket((Ipv4Addr::UNSPECIFIED, 0).into(), mark) {
+        return Err(failure);
+    }
+    let Resolved { v4, v6 } = dns::look_up_afresh(&name, mark).await;
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    let mut why = "has no address";
+    match v4 {
+        Lookup::Answer(ips) => addresses.extend(ips.into_iter().map(IpAddr::from)),
+        Lookup::Failed => why = CANNOT_TELL,
+        Lookup::TimedOut => why = SILENT,
+    }
+    match v6 {
+        Lookup::Answer(ips) => addresses.extend(ips.into_iter().map(IpAddr::from)),
+        Lookup::Failed => why = CANNOT_TELL,
+        Lookup::TimedOut => why = SILENT,
+    }
     addresses.sort_unstable();
     addresses.dedup();
     addresses.truncate(MAX_ADDRESSES);
-    if addresses.is_empty() {
-        return Err(Failure::Resolve(format!("{host} has no address")));
-    }
-    Ok(addresses)
+    if addresses.is_empty() { Err(no(why)) } else { Ok(addresses) }
 }
 
 fn tls_failure(error: &io::Error) -> Failure {
@@ -166,5 +177,31 @@ fn tls_failure(error: &io::Error) -> Failure {
         Some(rustls::Error::InvalidCertificate(why)) => Failure::Certificate(why.to_string()),
         Some(other) => Failure::Tls(other.to_string()),
         None => Failure::Tls(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_host_is_an_address_or_a_name() {
+        let table: [(&str, Result<&[&str], &str>); 4] = [
+            ("192.0.2.1", Ok(&["192.0.2.1"])),
+            ("2001:db8::1", Ok(&["2001:db8::1"])),
+            ("portal..example", Err("cannot resolve the portal's host: portal..example is no host name")),
+            ("portal example", Err("cannot resolve the portal's host: portal example is no host name")),
+        ];
+        for (host, expect) in table {
+            match (resolve(host, None).await, expect) {
+                (Ok(got), Ok(expect)) => {
+                    assert_eq!(got.iter().map(IpAddr::to_string).collect::<Vec<_>>(), expect, "{host}");
+                }
+                (got, expect) => assert_eq!(got.unwrap_err().to_string(), expect.unwrap_err(), "{host}"),
+            }
+        }
+        // By the machine's files, without asking anybody.
+        let loopback = resolve("localhost", None).await.unwrap();
+        assert!(!loopback.is_empty() && loopback.iter().all(IpAddr::is_loopback), "{loopback:?}");
     }
 }
