@@ -100,6 +100,8 @@ drop_reasons! {
     NoTranslation => "no_translation",
     /// A control packet inside the tunnel that does not parse.
     MalformedControl => "malformed_control",
+    /// A client says more about names than its budget allows.
+    ControlBudget => "control_budget",
 
     // Inner packets, inbound.
     /// From the TUN, to an address outside the tunnel ranges.

@@ -17,6 +17,7 @@ use gateway_proto::{
     WorkerEvent,
     addr::{TUNNEL_DNS_PORT, TunnelAddrs},
     control::{self, Control},
+    names::{Lookup, Resolved},
     portal::messages::FlowLogs,
 };
 use tokio::{
@@ -91,6 +92,7 @@ impl Runtime {
             unix_now,
             now: Instant::now(),
             workers: data.workers(),
+            flow_logs: false,
         });
         let clock_steps = clock::Steps::watch()?;
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
@@ -188,13 +190,26 @@ impl Runtime {
         while let Some(egress) = self.control.poll_egress() {
             self.portal.send(egress);
         }
+        let mut resolved = Vec::new();
         while let Some(event) = self.control.poll_event() {
             match event {
                 control::Event::Interface(addrs) => {
                     self.interface.wanted.send_replace(Some(addrs));
                 }
                 control::Event::FlowLogs(wanted) => note_flow_logs(&wanted),
+                // There is no resolver yet: nothing can be found out about a name.
+                control::Event::Resolve(name) => {
+                    resolved.push((name, Resolved { v4: Lookup::Failed, v6: Lookup::Failed }));
+                }
+                control::Event::IngestToken(attribution) => {
+                    tracing::debug!(?attribution, "The portal offers flow-log uploads for an authorization");
+                }
             }
+        }
+        if !resolved.is_empty() {
+            let now = Instant::now();
+            resolved.iter().for_each(|(name, what)| self.control.handle_resolved(name, what, now));
+            return self.drain();
         }
         self.readiness.relay_usable.store(self.control.is_relay_usable(), Ordering::Relaxed);
     }
@@ -296,7 +311,9 @@ impl Runtime {
         );
         self.say_how_it_ends();
         self.portal.close();
-        if let Err(e) = self.data.close().await {
+        // Control has nothing left to decide.
+        let (_, closed) = self.data.close().await;
+        if let Err(e) = closed {
             tracing::warn!("The data plane did not close cleanly: {e:#}");
         }
         self.interface.remove().await;

@@ -9,7 +9,9 @@ use zeroize::Zeroizing;
 
 use crate::{
     addr::TunnelAddrs,
+    flow::{Attributions, DeniedReport, FlowReport, Meeting},
     ids::{ClientId, ConnectionIndex, WorkerId},
+    names::{AssignedIps, Names},
     portal::messages::Resource,
 };
 
@@ -39,6 +41,13 @@ pub enum Command {
         /// The peer at the far end once a bind is sent; `None` when the channel is gone or was refused.
         peer: Option<SocketAddr>,
     },
+    /// Count flows and report them, or cease to. Off at first.
+    Accounting {
+        /// Whether.
+        on: bool,
+    },
+    /// What the wall clock shows, at the start and whenever it was set: reports carry its times.
+    WallClock(Meeting),
     /// Say goodbye to every client and forget them (graceful shutdown).
     Shutdown,
 }
@@ -76,6 +85,19 @@ pub struct ClientState {
     pub heard_from: Arc<[SocketAddr]>,
     /// What it may reach, complete.
     pub resources: Arc<[Resource]>,
+    /// The names it has assigned addresses to, complete, and what it is to hear about them.
+    pub names: Arc<Names>,
+    /// Whom its flows are attributed to.
+    pub attributions: Attributions,
+}
+
+impl ClientState {
+    /// A client whose checks came from nowhere yet, without names and attributions.
+    #[must_use]
+    pub fn new(tunnel: TunnelAddrs, connection: Connection, resources: Arc<[Resource]>) -> Self {
+        let (heard_from, names, attributions) = Default::default();
+        Self { tunnel, connection, heard_from, resources, names, attributions }
+    }
 }
 
 /// A client's connection as control wants it to be.
@@ -159,6 +181,19 @@ pub enum WorkerEvent {
         /// Which connection.
         index: ConnectionIndex,
     },
+    /// The client assigned proxy addresses to a name; the answer is one of [`Names::answers`].
+    Assigned {
+        /// Whose.
+        id: ClientId,
+        /// Which connection.
+        index: ConnectionIndex,
+        /// What it said.
+        assigned: Box<AssignedIps>,
+    },
+    /// A flow began or ended. For the shell; control ignores it.
+    Flow(Box<FlowReport>),
+    /// A packet was denied. For the shell; control ignores it.
+    Denied(Box<DeniedReport>),
     /// A client that moved has arrived, with whatever sessions it had.
     Adopted {
         /// Whose.

@@ -13,7 +13,7 @@ use std::{
 use gateway_common::DropReason;
 
 use crate::{
-    ids::ClientId,
+    ids::{ClientId, ResourceId},
     names::DomainName,
     portal::{ingest_token::Claims, messages::Secret},
 };
@@ -57,6 +57,9 @@ impl fmt::Debug for Attribution {
         write!(f, "Attribution({})", self.claims.policy_authorization_id)
     }
 }
+
+/// Whom the flows to a client's resources are attributed to, ascending by resource; not every resource has a token.
+pub type Attributions = Arc<[(ResourceId, Arc<Attribution>)]>;
 
 /// Tells flows apart: both halves of a record have the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -277,12 +277,8 @@ fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
         .collect();
     let tunnel =
         TunnelAddrs { v4: "100.64.2.1".parse().unwrap(), v6: "fd00:2021:1111::2:1".parse().unwrap() };
-    let state = ClientState {
-        tunnel,
-        connection: Connection::Present(Arc::new(keys), Some(path)),
-        heard_from: [].into(),
-        resources: resources.into(),
-    };
+    let connection = Connection::Present(Arc::new(keys), Some(path));
+    let state = ClientState::new(tunnel, connection, resources.into());
     for command in [
         Command::Relays([server()].into()),
         Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },

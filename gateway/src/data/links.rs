@@ -251,12 +251,8 @@ mod tests {
             id: WorkerId::new(number).unwrap(),
             workers: 4,
         });
-        let state = Arc::new(ClientState {
-            tunnel: TunnelAddrs { v4: [100, 64, 0, 7].into(), v6: "fd00:2021:1111::7".parse().unwrap() },
-            connection: Connection::Absent,
-            heard_from: Arc::new([]),
-            resources: Arc::new([]),
-        });
+        let tunnel = TunnelAddrs { v4: [100, 64, 0, 7].into(), v6: "fd00:2021:1111::7".parse().unwrap() };
+        let state = Arc::new(ClientState::new(tunnel, Connection::Absent, Arc::new([])));
         for order in 0..ROUNDS {
             let home = Home { worker: WorkerId::FIRST, from: WorkerId::new(number), order: order + 1 };
             let desired = Some(Arc::clone(&state));

@@ -242,18 +242,19 @@ impl DataPlane {
         self.workers.iter().map(|worker| (worker.id(), worker.traffic()))
     }
 
-    /// Says goodbye to every client, waits until that is sent (at most a second), and closes sockets and device.
+    /// Says goodbye to every client, waits until that is sent (at most a second), and closes sockets and device. Returns
+    /// what the workers told last, the ends of flows among it.
     ///
     /// # Errors
-    /// A worker had ended before, or did not end in time.
-    pub async fn close(mut self) -> Result<()> {
+    /// A worker had ended before, or did not end in time. What the others told is returned all the same.
+    pub async fn close(mut self) -> (Vec<WorkerEvent>, Result<()>) {
         self.send(Command::Shutdown);
         let deadline = Instant::now() + Duration::from_secs(1);
         let mut result = Ok(());
         for worker in &mut self.workers {
             result = result.and(worker.join(deadline).await);
         }
-        result
+        (self.events.take(), result)
     }
 }
 

@@ -78,6 +78,8 @@ enum Key {
     Client(ClientId),
     Relays,
     Channel(SocketAddr, u16),
+    Accounting,
+    WallClock,
     Shutdown,
 }
 
@@ -123,6 +125,8 @@ fn key_of(command: &Command) -> Key {
         Command::Client { id, .. } => Key::Client(*id),
         Command::Relays(_) => Key::Relays,
         Command::Channel { server, number, .. } => Key::Channel(*server, *number),
+        Command::Accounting { .. } => Key::Accounting,
+        Command::WallClock(_) => Key::WallClock,
         Command::Shutdown => Key::Shutdown,
     }
 }
@@ -189,12 +193,13 @@ impl Events {
     }
 }
 
-const KINDS: usize = 7;
+const KINDS: usize = 10;
 
 /// The place of an event's kind in the quota table, and how many of it may wait.
 ///
 /// Session events are bounded by the number of clients, not by what strangers send: their quota only guards
-/// against our own mistakes. STUN is what anybody may send.
+/// against our own mistakes. STUN is what anybody may send; assignments have a budget per client and are repeated;
+/// reports of flows are as many as clients open and close connections, and what is refused is lost.
 fn kind_of(event: &WorkerEvent) -> (usize, usize) {
     match event {
         WorkerEvent::Stun(_) => (0, 1024),
@@ -204,6 +209,9 @@ fn kind_of(event: &WorkerEvent) -> (usize, usize) {
         WorkerEvent::Goodbye { .. } => (4, 65_536),
         WorkerEvent::ChannelsUsed(_) => (5, 64),
         WorkerEvent::Adopted { .. } => (6, 65_536),
+        WorkerEvent::Assigned { .. } => (7, 4096),
+        WorkerEvent::Flow(_) => (8, 20_000),
+        WorkerEvent::Denied(_) => (9, 1024),
     }
 }
 
@@ -286,6 +294,33 @@ mod tests {
         assert_eq!(queue.push([stun()]), 0, "the quota is free again");
     }
 
+    #[test]
+    fn assignments_reports_of_flows_and_denials_have_quotas_of_their_own() {
+        let queue = Events::default();
+        assert_eq!(queue.push((0..5000).map(|_| assigned())), 5000 - 4096);
+        assert_eq!(queue.push((0..2000).map(|_| denied())), 2000 - 1024);
+        assert_eq!(queue.push([stun()]), 0);
+        assert_eq!(queue.take().len(), 4096 + 1024 + 1);
+        assert_eq!(queue.push([assigned(), denied()]), 0, "the quotas are free again");
+    }
+
+    #[test]
+    fn accounting_and_clock_are_told_as_they_are_last() {
+        let queue = queue();
+        let clock = |seconds| {
+            let unix = gateway_proto::flow::UnixTime(Duration::from_secs(seconds));
+            Command::WallClock(gateway_proto::flow::Meeting { unix, at: std::time::Instant::now() })
+        };
+        for (on, seconds) in [(true, 1), (false, 2), (true, 3)] {
+            queue.send(Command::Accounting { on });
+            queue.send(clock(seconds));
+        }
+        let mut out = Vec::new();
+        queue.drain(&mut out);
+        assert!(matches!(out[..], [Command::Accounting { on: true }, Command::WallClock(last)]
+            if last.unix.0.as_secs() == 3));
+    }
+
     #[tokio::test]
     async fn control_is_woken_by_events_of_another_thread() {
         let queue = Arc::new(Events::default());
@@ -324,6 +359,29 @@ mod tests {
             via: None,
             payload: Vec::new(),
         })
+    }
+
+    fn assigned() -> WorkerEvent {
+        let json = r#"{"resource":"2b6f3f0e-7a53-4d0b-9a4f-2f1f5d1f9a10","domain":"x.net","proxy_ips":[]}"#;
+        let assigned = gateway_proto::names::AssignedIps::parse(json.as_bytes()).expect("well-formed");
+        WorkerEvent::Assigned {
+            id: ClientId(Uuid::nil()),
+            index: ConnectionIndex::new(7).expect("7 fits 24 bits"),
+            assigned: Box::new(assigned),
+        }
+    }
+
+    fn denied() -> WorkerEvent {
+        WorkerEvent::Denied(Box::new(gateway_proto::flow::DeniedReport {
+            client: ClientId(Uuid::nil()),
+            reason: gateway_common::DropReason::NotAllowed,
+            protocol: 1,
+            src: Ipv4Addr::LOCALHOST.into(),
+            dst: Ipv4Addr::LOCALHOST.into(),
+            ports: None,
+            at: gateway_proto::flow::UnixTime(Duration::ZERO),
+            suppressed: 0,
+        }))
     }
 
     fn brief(command: &Command) -> String {

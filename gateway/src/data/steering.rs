@@ -264,14 +264,11 @@ mod tests {
             public_key: [1; 32],
             preshared_key: Zeroizing::new([2; 32]),
         });
-        Arc::new(ClientState {
-            tunnel: TunnelAddrs {
-                v4: [100, 64, 0, address].into(),
-                v6: [0xfd00, 0x2021, 0x1111, 0, 0, 0, 0, address.into()].into(),
-            },
-            connection: keys.map_or(Connection::Absent, |keys| Connection::Present(Arc::new(keys), None)),
-            heard_from: Arc::new([]),
-            resources: Arc::new([]),
-        })
+        let tunnel = TunnelAddrs {
+            v4: [100, 64, 0, address].into(),
+            v6: [0xfd00, 0x2021, 0x1111, 0, 0, 0, 0, address.into()].into(),
+        };
+        let connection = keys.map_or(Connection::Absent, |keys| Connection::Present(Arc::new(keys), None));
+        Arc::new(ClientState::new(tunnel, connection, Arc::new([])))
     }
 }

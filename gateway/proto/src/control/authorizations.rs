@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::{
+    flow::{Attribution, Attributions},
     ids::{ClientId, ResourceId},
     portal::messages::{Authorize, Resource, ResourceKind, UnixSeconds},
 };
@@ -29,6 +30,8 @@ pub(super) struct Authorizations {
     granted: BTreeMap<ResourceId, Authorization>,
     /// All resources, shared with the workers; `None` after a change.
     complete: Option<Arc<[Resource]>>,
+    /// The same for the attributions.
+    attributions: Option<Attributions>,
 }
 
 #[derive(Debug)]
@@ -37,6 +40,8 @@ struct Authorization {
     /// By the wall clock, as the portal said it; `None` is never.
     expires: Option<UnixSeconds>,
     granted: Instant,
+    /// By the ingest token that came with it last.
+    attribution: Option<Arc<Attribution>>,
 }
 
 /// What became of a changed resource.
@@ -58,11 +63,21 @@ impl Authorizations {
         match self.granted.get_mut(&id) {
             Some(known) => (known.expires, known.granted) = (expires, now),
             None => {
-                self.granted.insert(id, Authorization { resource, expires, granted: now });
+                self.granted.insert(id, Authorization { resource, expires, granted: now, attribution: None });
                 self.complete = None;
             }
         }
         update
+    }
+
+    /// Whom the flows to the resource are attributed to from now on.
+    pub(super) fn attribute(&mut self, resource: ResourceId, attribution: Option<Arc<Attribution>>) {
+        if let Some(known) = self.granted.get_mut(&resource)
+            && known.attribution != attribution
+        {
+            known.attribution = attribution;
+            self.attributions = None;
+        }
     }
 
     /// Replaces the filters of a resource that the client holds.
@@ -85,7 +100,7 @@ impl Authorizations {
     pub(super) fn revoke(&mut self, resource: ResourceId) -> bool {
         let held = self.granted.remove(&resource).is_some();
         if held {
-            self.complete = None;
+            (self.complete, self.attributions) = (None, None);
         }
         held
     }
@@ -125,6 +140,11 @@ impl Authorizations {
         clock.deadline(self.granted.values().filter_map(|a| a.expires).min())
     }
 
+    /// Does the client hold it, and is it reached by names?
+    pub(super) fn is_dns(&self, resource: ResourceId) -> bool {
+        self.granted.get(&resource).is_some_and(|a| matches!(a.resource.kind, ResourceKind::Dns { .. }))
+    }
+
     /// Has the client nothing left?
     pub(super) fn is_empty(&self) -> bool {
         self.granted.is_empty()
@@ -136,6 +156,15 @@ impl Authorizations {
         Arc::clone(
             self.complete.get_or_insert_with(|| granted.values().map(|a| a.resource.clone()).collect()),
         )
+    }
+
+    /// Whom flows are attributed to, for the workers; ascending by resource.
+    pub(super) fn attributions(&mut self) -> Attributions {
+        let granted = &self.granted;
+        let all = || {
+            granted.iter().filter_map(|(id, a)| Some((*id, Arc::clone(a.attribution.as_ref()?)))).collect()
+        };
+        Arc::clone(self.attributions.get_or_insert_with(all))
     }
 
     fn take_unless(
@@ -151,7 +180,7 @@ impl Authorizations {
             kept
         });
         if !taken.is_empty() {
-            self.complete = None;
+            (self.complete, self.attributions) = (None, None);
         }
         taken
     }

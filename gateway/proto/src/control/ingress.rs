@@ -3,7 +3,7 @@
 //! The part of [`Control`] that changes who may reach what; it finds or makes the client's connection and leaves the
 //! rest to it.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use rand::Rng;
 use rustc_hash::FxHashMap;
@@ -13,11 +13,16 @@ use super::{
     Client, Control, Event,
     authorizations::{Authorizations, Update},
     connection::Connection,
+    names::ClientNames,
 };
 use crate::{
     command::Command,
+    flow::Attribution,
     ids::{ClientId, RelayId, ResourceId},
-    portal::messages::{self, Authorize, Egress, IceCredentials, Init, UnixSeconds},
+    portal::{
+        ingest_token,
+        messages::{self, Authorize, Egress, IceCredentials, Init, Secret, UnixSeconds},
+    },
 };
 
 /// The longest USERNAME the ICE library writes.
@@ -27,6 +32,7 @@ const MAX_USERNAME: usize = 128;
 impl Control {
     /// In the order of portal-protocol.md section 8.1.
     pub(super) fn on_init(&mut self, init: Init, now: Instant) {
+        self.account(init.flow_logs.as_ref());
         self.events.extend(init.flow_logs.map(Event::FlowLogs));
         self.shared.relays.update(&[], &init.relays, now);
         self.commands.push_back(Command::OwnAddrs(init.interface));
@@ -94,12 +100,15 @@ impl Control {
         self.placement.enter(id);
         self.connect(&authorize, relay, now);
         let expires = authorize.expires_at;
-        let client = self.clients.get_mut(&id).expect("connected just now");
         let resource = authorize.resource.id;
+        let attribution = authorize.flow_logs_ingest_token.and_then(|token| attribute(id, resource, token));
+        let client = self.clients.get_mut(&id).expect("connected just now");
         if client.authorizations.grant(authorize.resource, expires, now) == Update::Refused {
             warn!(client = %id, %resource, "A known resource came with another address or type, which is ignored");
         }
         info!(client = %id, %resource, "Access allowed");
+        client.authorizations.attribute(resource, attribution.clone());
+        self.events.extend(attribution.filter(|a| a.claims.uploads_enabled).map(Event::IngestToken));
         self.mark_changed(id);
         self.say(Egress::Authorized { reference: authorize.reference }, now);
         let early = self.early.take(id, now);
@@ -119,11 +128,13 @@ impl Control {
             authorizations: Authorizations::default(),
             connection: None,
             path: None,
+            names: ClientNames::default(),
         });
         if client.tunnel != tunnel {
             debug!(client = %id, "The client's tunnel addresses changed, its access starts afresh");
             client.tunnel = tunnel;
             client.authorizations = Authorizations::default();
+            client.names = ClientNames::default();
         }
         match (&mut client.connection, relay) {
             (Some(connection), _) if connection.is_reusable_for(authorize) => {
@@ -195,6 +206,17 @@ impl Control {
         if client.authorizations.set_expiry(resource, Some(expires)) {
             self.expire_authorizations(id, now);
             self.schedule(id);
+        }
+    }
+}
+
+/// Access does not depend on what flow logs say about it.
+fn attribute(client: ClientId, resource: ResourceId, token: Secret) -> Option<Arc<Attribution>> {
+    match ingest_token::parse(token) {
+        Ok(attribution) => Some(Arc::new(attribution)),
+        Err(e) => {
+            warn!(%client, %resource, "Flow logs will lack this authorization, its token cannot be used: {e}");
+            None
         }
     }
 }

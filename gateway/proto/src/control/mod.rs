@@ -21,7 +21,9 @@ mod early;
 mod hold;
 mod index;
 mod ingress;
+mod names;
 mod placement;
+mod resolutions;
 mod shared;
 mod stun_router;
 mod timers;
@@ -29,6 +31,7 @@ mod upkeep;
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -42,7 +45,9 @@ use self::{
     connection::Connection,
     early::Early,
     index::Indices,
+    names::ClientNames,
     placement::Placement,
+    resolutions::Resolutions,
     shared::Shared,
     timers::Timers,
 };
@@ -50,7 +55,9 @@ pub use self::{connection::PathKind, depths::Depths};
 use crate::{
     addr::TunnelAddrs,
     command::{self, Command, WorkerEvent},
+    flow::Attribution,
     ids::{ClientId, ConnectionIndex, RelayId, WorkerId},
+    names::DomainName,
     portal::messages::{Egress, FlowLogs, Ingress},
     relay::Relays,
     sink::Transmit,
@@ -69,6 +76,8 @@ pub struct Config {
     pub now: Instant,
     /// The workers that clients are placed on.
     pub workers: Workers,
+    /// Account flows whatever the portal says (`--flow-logs`).
+    pub flow_logs: bool,
 }
 
 /// What control must know of the data plane to place clients.
@@ -93,6 +102,10 @@ pub enum Event {
     Interface(TunnelAddrs),
     /// New flow-log settings.
     FlowLogs(FlowLogs),
+    /// Look this name up, both families, and say what became of it by [`Control::handle_resolved`].
+    Resolve(DomainName),
+    /// An authorization came with a token under which its flows may be uploaded. Sent whenever it comes anew.
+    IngestToken(Arc<Attribution>),
 }
 
 /// How things are, for health and metrics.
@@ -123,6 +136,13 @@ pub struct Control {
     parked: Parked,
     early: Early,
     clock: WallClock,
+    /// Account flows whatever the portal says.
+    always_accounting: bool,
+    /// What the workers were told.
+    accounting: bool,
+    /// The serial of the latest answer about a name.
+    last_answer: u64,
+    resolutions: Resolutions,
     indices: Indices,
     indices_in_use: FxHashSet<ConnectionIndex>,
     answered_relays: FxHashSet<RelayId>,
@@ -145,6 +165,7 @@ struct Client {
     /// `None` after it failed, until the client is authorized again (connections.md section 5.2).
     connection: Option<Box<Connection>>,
     path: Option<command::Path>,
+    names: ClientNames,
 }
 
 impl Control {
@@ -152,7 +173,7 @@ impl Control {
     #[must_use]
     pub fn new(config: Config) -> Self {
         let mut rng = StdRng::seed_from_u64(config.seed);
-        Self {
+        let mut control = Self {
             clients: FxHashMap::default(),
             shared: Shared::new(Relays::new(rng.random())),
             placement: Placement::new(config.workers),
@@ -160,6 +181,10 @@ impl Control {
             parked: Parked::default(),
             early: Early::default(),
             clock: WallClock::new(config.unix_now, config.now),
+            always_accounting: config.flow_logs,
+            accounting: false,
+            last_answer: 0,
+            resolutions: Resolutions::default(),
             indices: Indices::new(&mut rng),
             indices_in_use: FxHashSet::default(),
             answered_relays: FxHashSet::default(),
@@ -172,7 +197,10 @@ impl Control {
             egress: VecDeque::new(),
             events: VecDeque::new(),
             counters: Counters::default(),
-        }
+        };
+        control.tell_clock(config.unix_now, config.now);
+        control.account(None);
+        control
     }
 
     /// The portal's channel is joined: what was held is sent.
@@ -243,6 +271,13 @@ impl Control {
                     self.remove_client(id);
                 }
             }
+            WorkerEvent::Assigned { id, index, assigned } => {
+                if self.is_current(id, index) {
+                    self.on_assigned(id, index, *assigned);
+                }
+            }
+            // The shell's.
+            WorkerEvent::Flow(_) | WorkerEvent::Denied(_) => {}
             WorkerEvent::ChannelsUsed(used) => self.shared.relays.handle_channels_used(&used, now),
         }
         self.settle(now);
@@ -255,6 +290,7 @@ impl Control {
             return;
         }
         info!("The wall clock was set, access ends by what it shows now");
+        self.tell_clock(unix_now, now);
         let ids: Vec<ClientId> = self.clients.keys().copied().collect();
         for id in ids {
             self.expire_authorizations(id, now);

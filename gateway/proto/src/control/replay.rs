@@ -181,7 +181,13 @@ impl Replay {
         let unix_now = Duration::from_secs(1_795_000_000);
         let mut twin = Twin::new(Flavor::Firezone, &[SERVER.parse().unwrap()], 1);
         twin.grant_port(sample.relayed_port);
-        let gateway = Control::new(Config { seed: 1, unix_now, now, workers: crate::control::Workers::ONE });
+        let gateway = Control::new(Config {
+            seed: 1,
+            unix_now,
+            now,
+            workers: crate::control::Workers::ONE,
+            flow_logs: false,
+        });
         Self { gateway, twin, now, sent: Vec::new(), said: Vec::new() }
     }
 

@@ -2,6 +2,8 @@
 
 mod homes;
 mod log;
+mod names;
+mod records;
 mod relays;
 mod stun;
 

@@ -1,7 +1,11 @@
 //! What happens by itself: control follows relays, connections and clocks. What comes from outside enters in the files
 //! above and beside; this knows neither the portal's words nor the workers' events.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use gateway_common::DropReason;
 use tracing::{debug, info};
@@ -9,8 +13,9 @@ use tracing::{debug, info};
 use super::{Control, connection::Connection, shared::Shared};
 use crate::{
     command::{self, ClientState, Command, StunDatagram},
+    flow::{Meeting, UnixTime},
     ids::{ClientId, ConnectionIndex, RelayId},
-    portal::messages::Egress,
+    portal::messages::{Egress, FlowLogs},
     relay::RelayEvent,
 };
 
@@ -215,7 +220,28 @@ impl Control {
             }
             None => (command::Connection::Absent, [].into()),
         };
-        let resources = client.authorizations.resources();
-        Some(Arc::new(ClientState { tunnel: client.tunnel, connection, heard_from, resources }))
+        Some(Arc::new(ClientState {
+            tunnel: client.tunnel,
+            connection,
+            heard_from,
+            resources: client.authorizations.resources(),
+            names: client.names.names(),
+            attributions: client.authorizations.attributions(),
+        }))
+    }
+
+    /// The wall clock shows `unix` at `at`: what workers report has its times.
+    pub(super) fn tell_clock(&mut self, unix: Duration, at: Instant) {
+        self.commands.push_back(Command::WallClock(Meeting { unix: UnixTime(unix), at }));
+    }
+
+    /// Flows are accounted while the portal wants uploads, or the operator wants them in the log
+    /// (cli-and-service.md section 14).
+    pub(super) fn account(&mut self, wanted: Option<&FlowLogs>) {
+        let on = self.always_accounting || wanted.is_some_and(|flow_logs| flow_logs.upload_interval_secs > 0);
+        if on != self.accounting {
+            self.accounting = on;
+            self.commands.push_back(Command::Accounting { on });
+        }
     }
 }

@@ -11,6 +11,9 @@ pub struct Events {
     session: VecDeque<WorkerEvent>,
     activity: usize,
     channels: usize,
+    assigned: usize,
+    flows: usize,
+    denied: usize,
     stun: VecDeque<StunDatagram>,
 }
 
@@ -18,6 +21,12 @@ pub struct Events {
 const STUN_QUOTA: usize = 512;
 /// More clients than that are active again five seconds later at the latest.
 const ACTIVITY_QUOTA: usize = 4096;
+/// Clients repeat what found no answer after 2 s (dns.md section 5.1).
+const ASSIGNED_QUOTA: usize = 1024;
+/// What opens and closes in one batch, or when many clients go at once.
+const FLOW_QUOTA: usize = 8192;
+/// Denied packets are a sample anyway.
+const DENIED_QUOTA: usize = 256;
 
 impl Events {
     /// Empty ones.
@@ -26,6 +35,9 @@ impl Events {
             session: VecDeque::with_capacity(64),
             activity: 0,
             channels: 0,
+            assigned: 0,
+            flows: 0,
+            denied: 0,
             stun: VecDeque::with_capacity(STUN_QUOTA),
         }
     }
@@ -41,6 +53,12 @@ impl Events {
             WorkerEvent::Activity { .. } if self.activity >= ACTIVITY_QUOTA => return false,
             WorkerEvent::Activity { .. } => self.activity += 1,
             WorkerEvent::ChannelsUsed(_) => self.channels += 1,
+            WorkerEvent::Assigned { .. } if self.assigned >= ASSIGNED_QUOTA => return false,
+            WorkerEvent::Assigned { .. } => self.assigned += 1,
+            WorkerEvent::Flow(_) if self.flows >= FLOW_QUOTA => return false,
+            WorkerEvent::Flow(_) => self.flows += 1,
+            WorkerEvent::Denied(_) if self.denied >= DENIED_QUOTA => return false,
+            WorkerEvent::Denied(_) => self.denied += 1,
             WorkerEvent::Established { .. }
             | WorkerEvent::Expired { .. }
             | WorkerEvent::Goodbye { .. }
@@ -66,6 +84,9 @@ impl Events {
         match event {
             WorkerEvent::Activity { .. } => self.activity -= 1,
             WorkerEvent::ChannelsUsed(_) => self.channels -= 1,
+            WorkerEvent::Assigned { .. } => self.assigned -= 1,
+            WorkerEvent::Flow(_) => self.flows -= 1,
+            WorkerEvent::Denied(_) => self.denied -= 1,
             _ => {}
         }
         Some(event)

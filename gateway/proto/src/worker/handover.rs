@@ -13,7 +13,7 @@ use std::time::Instant;
 use gateway_common::DropReason;
 
 use super::Worker;
-use crate::{Handover, Passed, Sink, WorkerId};
+use crate::{Handover, Passed, Sink, WorkerId, addr::MAX_INNER};
 
 /// Why a walk ends before its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,12 +66,25 @@ impl Worker {
                 Passed::Initiation(datagram, key) => {
                     self.handle_datagram(datagram, Origin { hops, opened: Some(key) }, now, sink)
                 }
-                Passed::Packet(packet) => self.handle_packet(packet, now, sink),
+                Passed::Packet(packet) => self.handle_passed_packet(packet, now, sink),
             };
             if let Err(stop) = done {
                 self.stop(stop, hops, what, sink);
             }
         }
+    }
+
+    /// The ring's copy is not ours to change.
+    fn handle_passed_packet(
+        &mut self,
+        packet: &[u8],
+        now: Instant,
+        sink: &mut impl Sink,
+    ) -> Result<(), Stop> {
+        let mut copy = [0; MAX_INNER];
+        let copy = copy.get_mut(..packet.len()).ok_or(DropReason::OversizedInner)?;
+        copy.copy_from_slice(packet);
+        self.handle_packet(copy, now, sink)
     }
 
     /// A walk that ended early: counts what is dropped and passes on what belongs elsewhere.

@@ -67,8 +67,11 @@ use self::{
     wheel::{CALM, Wheel},
 };
 use crate::{
-    Command, ConnectionIndex, Datagram, Ecn, Passed, Route, Sink, WorkerEvent, WorkerId, addr::MAX_INNER,
+    Command, ConnectionIndex, Datagram, Ecn, Passed, Route, Sink, WorkerEvent, WorkerId,
+    addr::MAX_INNER,
     command::StunDatagram,
+    flow::{Meeting, UnixTime},
+    names::AssignedIps,
 };
 
 /// What a worker is started with.
@@ -108,6 +111,8 @@ pub struct Traffic {
     pub stun: u64,
     /// ICMP denials sent. They answer packets that are counted as dropped.
     pub denials: u64,
+    /// Answers about names sent. They answer control packets.
+    pub answers: u64,
 }
 
 /// Inner packets passed on.
@@ -134,6 +139,8 @@ pub struct Worker {
     events: Events,
     counters: Counters,
     traffic: Traffic,
+    accounting: bool,
+    clock: Option<Meeting>,
 }
 
 impl Worker {
@@ -153,6 +160,8 @@ impl Worker {
             events: Events::new(),
             counters: Counters::default(),
             traffic: Traffic::default(),
+            accounting: false,
+            clock: None,
         }
     }
 
@@ -163,6 +172,8 @@ impl Worker {
             Command::Client { id, home, desired } => self.place(id, home, desired, now, sink),
             Command::Relays(servers) => self.demux.set_relays(&servers),
             Command::Channel { server, number, peer } => self.demux.set_channel((server, number), peer),
+            Command::Accounting { on } => self.accounting = on,
+            Command::WallClock(clock) => self.clock = Some(clock),
             Command::Shutdown => {
                 for peer in self.peers.drain() {
                     self.say_goodbye(peer, now, sink);
@@ -244,6 +255,18 @@ impl Worker {
         &self.traffic
     }
 
+    /// Are flows to be counted?
+    #[must_use]
+    pub fn is_accounting(&self) -> bool {
+        self.accounting
+    }
+
+    /// What the wall clock shows at `instant`; `None` until [`Command::WallClock`] has said.
+    #[must_use]
+    pub fn unix_time(&self, instant: Instant) -> Option<UnixTime> {
+        self.clock.map(|clock| clock.unix_time(instant))
+    }
+
     // Outbound: from the network.
 
     // One copy of the walk for all that enters it, so that everything below is inlined there.
@@ -304,7 +327,7 @@ impl Worker {
                 Ok(())
             }
             Verdict::Control(control) => {
-                self.handle_control(slot, control);
+                self.handle_control(slot, control, packet, now)?;
                 Ok(())
             }
             Verdict::Drop(reason) => Err(reason.into()),
@@ -337,11 +360,36 @@ impl Worker {
         Ok(())
     }
 
-    fn handle_control(&mut self, slot: Slot, control: Control) {
-        self.traffic.control += 1;
-        if control != Control::Goodbye {
-            return;
+    fn handle_control(
+        &mut self,
+        slot: Slot,
+        control: Control,
+        packet: &[u8],
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        match control {
+            Control::AssignedIps { json_at } => self.handle_assigned(slot, &packet[json_at..], now)?,
+            Control::Goodbye => self.handle_goodbye(slot),
+            Control::Unknown(_) => {}
         }
+        self.traffic.control += 1;
+        Ok(())
+    }
+
+    #[cold]
+    fn handle_assigned(&mut self, slot: Slot, json: &[u8], now: Instant) -> Result<(), DropReason> {
+        let Some(peer) = self.peers.get_mut(slot) else { return Ok(()) };
+        let Some(index) = peer.link.as_deref().map(|link| link.index) else { return Ok(()) };
+        // Before it is read: reading is what costs.
+        if !peer.take_control(now) {
+            return Err(DropReason::ControlBudget);
+        }
+        let assigned = AssignedIps::parse(json).map(Box::new).ok_or(DropReason::MalformedControl)?;
+        let event = WorkerEvent::Assigned { id: peer.id, index, assigned };
+        if self.events.push(event) { Ok(()) } else { Err(DropReason::ControlQueueFull) }
+    }
+
+    fn handle_goodbye(&mut self, slot: Slot) {
         // "p2p goodbye from client: peer (all authorisations!) and connection removed immediately"
         if let Some(peer) = self.peers.remove(slot).and_then(Entry::into_peer)
             && let Some(link) = peer.link
@@ -476,7 +524,7 @@ impl Worker {
     // Inbound: from the TUN device.
 
     #[inline(never)]
-    fn handle_packet(&mut self, packet: &[u8], now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
+    fn handle_packet(&mut self, packet: &mut [u8], now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
         let peer = inbound::decide(&mut self.peers, packet, self.own)?;
         let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
         let index = link.index;

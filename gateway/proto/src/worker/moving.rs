@@ -24,13 +24,16 @@ use std::{
 use super::{
     Worker,
     bucket::Bucket,
+    control_packet,
     peer::Peer,
     peers::{Elsewhere, Entry},
+    send,
     slot::Slot,
     wheel::CALM,
 };
 use crate::{
     ClientId, Sink, WorkerEvent, WorkerId,
+    addr::MAX_INNER,
     command::{ClientState, Home},
 };
 
@@ -170,6 +173,20 @@ impl Worker {
             self.schedule(slot, 1 + self.spread % CALM, now);
         }
         self.send_held(slot, now, sink);
+        self.send_answers(slot, now, sink);
+    }
+
+    /// What the client has not heard yet about its names. They are in force by now: every packet that it sends when it
+    /// has heard comes after this command.
+    fn send_answers(&mut self, slot: Slot, now: Instant, sink: &mut impl Sink) {
+        let Some((answers, link)) = self.peers.get_mut(slot).and_then(Peer::take_answers) else { return };
+        let mut packet = [0; MAX_INNER];
+        for answer in answers {
+            let Some(len) = control_packet::status(answer, &mut packet) else { continue };
+            if send::seal(link, &packet[..len], &mut self.demux, now, sink).is_ok() {
+                self.traffic.answers += 1;
+            }
+        }
     }
 
     /// The client is `worker`'s, for all this worker knows. What was known of it before is returned.

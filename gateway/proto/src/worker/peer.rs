@@ -18,6 +18,7 @@ use crate::{
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Path},
     ids::{ClientId, ConnectionIndex},
+    names::{Answer, Names},
     portal::messages::Resource,
 };
 
@@ -33,6 +34,10 @@ pub struct Peer {
     pub policy: Policy,
     /// What `policy` was compiled from.
     resources: Arc<[Resource]>,
+    /// The names it has assigned addresses to, and the answers about them.
+    names: Arc<Names>,
+    /// The serial of the last answer that was sent, or was not for this worker to send.
+    told: u64,
     /// Where its checks came from, see [`ClientState::heard_from`].
     pub heard_from: Arc<[SocketAddr]>,
     /// Its connection, if control has made one. About 12 KB, hence apart.
@@ -42,6 +47,7 @@ pub struct Peer {
     /// When the wheel looks at it next; other entries are stale.
     pub due: Tick,
     icmp: Bucket,
+    control: Bucket,
     activity: Option<Instant>,
 }
 
@@ -63,6 +69,8 @@ pub struct Link {
 const HELD: usize = 128;
 /// Denials per client: plenty for a host that tries many addresses, nothing for a scanner.
 const ICMP: Rate = Rate { per_second: 100, burst: 200 };
+/// Assignments per client: one for every name that somebody looks up there. What is not answered is repeated after 2 s.
+const CONTROL: Rate = Rate { per_second: 20, burst: 100 };
 /// [`WorkerEvent::Activity`](crate::WorkerEvent::Activity) is coarse.
 const ACTIVITY: Duration = Duration::from_secs(5);
 
@@ -75,11 +83,15 @@ impl Peer {
             tunnel: state.tunnel,
             policy: Policy::new(&state.resources),
             resources: Arc::clone(&state.resources),
+            names: Arc::clone(&state.names),
+            // These are answers to questions of an earlier life of the client.
+            told: state.names.answers.last().map_or(0, |answer| answer.serial),
             heard_from: Arc::clone(&state.heard_from),
             link: None,
             handshakes: Bucket::FULL,
             due: Tick::default(),
             icmp: Bucket::FULL,
+            control: Bucket::FULL,
             activity: None,
         };
         peer.connect(&state.connection, gate);
@@ -94,7 +106,17 @@ impl Peer {
             self.policy.replace(&state.resources);
             self.resources = Arc::clone(&state.resources);
         }
+        self.names = Arc::clone(&state.names);
         self.connect(&state.connection, gate)
+    }
+
+    /// The answers that the client has not heard, with its connection. They count as heard from now on: one that cannot
+    /// be sent is asked for again (dns.md section 5.1).
+    pub fn take_answers(&mut self) -> Option<(&[Answer], &mut Link)> {
+        let answers = &self.names.answers;
+        let new = &answers[answers.partition_point(|answer| answer.serial <= self.told)..];
+        self.told = new.last()?.serial;
+        Some((new, self.link.as_deref_mut()?))
     }
 
     fn connect(&mut self, connection: &Connection, gate: &Gate) -> bool {
@@ -120,6 +142,11 @@ impl Peer {
     /// May one more denial go to this client?
     pub fn take_icmp(&mut self, now: Instant) -> bool {
         self.icmp.take(ICMP, now)
+    }
+
+    /// May this client say one thing more about names?
+    pub fn take_control(&mut self, now: Instant) -> bool {
+        self.control.take(CONTROL, now)
     }
 
     /// Application data flowed: is it time to tell control?

@@ -139,8 +139,14 @@ impl World {
     }
 
     pub fn tell_all(&mut self, resources: &[Resource], connection: Connection, heard_from: &[SocketAddr]) {
-        let (tunnel, resources) = (self.client.tunnel, resources.into());
-        let state = ClientState { tunnel, connection, heard_from: heard_from.into(), resources };
+        let state = ClientState {
+            heard_from: heard_from.into(),
+            ..ClientState::new(self.client.tunnel, connection, resources.into())
+        };
+        self.tell_state(state);
+    }
+
+    pub fn tell_state(&mut self, state: ClientState) {
         self.command(Command::Client {
             id: self.client.id,
             home: crate::command::Home::at(WorkerId::FIRST),

@@ -1,5 +1,6 @@
 //! The worker as a whole: every verdict of packets.md section 12 that exists, sessions, budgets, bad input.
 
+mod answers;
 mod changes;
 mod fleet;
 mod floods;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use gateway_common::DropReason;
-use gateway_proto::{Command, Transmit};
+use gateway_proto::{Command, Transmit, WorkerEvent};
 
 use super::{ALL, SIZES, TUN_NAME, addrs, in_netns, ip, pipe::Pipe, start, start_several};
 use crate::data::{Config, DataPlane, interface::Interface};
@@ -65,7 +65,7 @@ fn idle_worker_sleeps_and_one_with_a_stuck_deadline_does_not_spin() {
             let turns = turns.load(Ordering::Relaxed);
             assert!(turns <= most, "{turns} turns in 300 ms");
             assert!(!stuck || turns > 10, "{turns} turns in 300 ms");
-            data.close().await.unwrap();
+            data.close().await.1.unwrap();
         }
     });
 }
@@ -122,7 +122,7 @@ fn flood_of_one_direction_leaves_turns_to_the_other() {
         // A turn ends at 1024, and the batch that gets there may be of 32 * 50.
         assert!(longest[0] < 1024 + 1600 && longest[1] < 1024 + 400, "{longest:?} in a row");
         interface.remove().await;
-        data.close().await.unwrap();
+        data.close().await.1.unwrap();
     });
 }
 
@@ -161,7 +161,15 @@ async fn start_and_close(workers: usize) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(counted(), "{:?}", data.counters());
-    data.close().await.unwrap();
+    let stun = hex::decode("000100002112a442aabbccddeeff001122334455").unwrap();
+    peer.send_to(&stun, "127.0.0.1:52625").unwrap();
+    while data.events_waiting().0 == 0 && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let (left, closed) = data.close().await;
+    closed.unwrap();
+    let is_ours = |event: &WorkerEvent| matches!(event, WorkerEvent::Stun(told) if told.payload == stun);
+    assert!(matches!(&left[..], [event] if is_ours(event)), "what nobody took is returned: {left:?}");
     assert_eq!(ip("link show dev tun-firezone"), "", "the device is gone");
-    start().unwrap().close().await.unwrap();
+    start().unwrap().close().await.1.unwrap();
 }

@@ -32,6 +32,7 @@ use crate::{
     addr::TunnelAddrs,
     command::{ChannelUse, ClientState, Command, Connection, Home, Path, StunDatagram, WorkerEvent},
     ids::{ClientId, ConnectionIndex, RelayId, WorkerId},
+    names::{DomainName, Resolved},
     portal::messages::{AuthorizationRef, Egress, Ingress, Init},
     relay::twin::{Flavor, Packet, Twin},
     sink::Transmit,
@@ -112,7 +113,7 @@ impl World {
     pub(super) fn with_workers(start: Instant, workers: Workers) -> Self {
         let mut world = Self::bare(start, 1, None, None);
         let unix_now = Duration::from_secs(UNIX_START);
-        world.gateway = Control::new(Config { seed: 1, unix_now, now: start, workers });
+        world.gateway = Control::new(Config { seed: 1, unix_now, now: start, workers, flow_logs: false });
         world.begins();
         world
     }
@@ -164,7 +165,13 @@ impl World {
             portal_latency: Duration::from_millis(3),
             portal_is_up: true,
             direct_is_blocked: false,
-            gateway: Control::new(Config { seed: 1, unix_now, now: start, workers: Workers::ONE }),
+            gateway: Control::new(Config {
+                seed: 1,
+                unix_now,
+                now: start,
+                workers: Workers::ONE,
+                flow_logs: false,
+            }),
             client: Client::new(client_host, start),
             twins,
             sent: Vec::new(),
@@ -240,6 +247,11 @@ impl World {
 
     pub(super) fn worker_event(&mut self, event: WorkerEvent) {
         self.gateway.handle_worker_event(event, self.now);
+        self.after_anything();
+    }
+
+    pub(super) fn resolved(&mut self, name: &DomainName, resolved: &Resolved) {
+        self.gateway.handle_resolved(name, resolved, self.now);
         self.after_anything();
     }
 
@@ -375,7 +387,10 @@ impl World {
                     self.channels.remove(&(server, number));
                 }
                 Command::Relays(servers) => self.relay_servers = servers,
-                Command::OwnAddrs(_) | Command::Shutdown => {}
+                Command::OwnAddrs(_)
+                | Command::Accounting { .. }
+                | Command::WallClock(_)
+                | Command::Shutdown => {}
             }
         }
         while let Some(transmit) = self.gateway.poll_transmit() {

@@ -72,13 +72,17 @@ fn a_connection_taken_away_is_silent() {
 }
 
 #[test]
-fn a_clients_goodbye_forgets_it_and_assigned_ips_are_counted() {
+fn a_clients_goodbye_forgets_it_and_what_it_says_besides_is_counted() {
     let mut world = World::connected(&lan());
     world.events();
-    let mut assigned = GOODBYE;
-    assigned[40] = 0;
-    world.outbound(&assigned);
+    let mut other = GOODBYE;
+    other[40] = 77;
+    world.outbound(&other);
     assert_eq!(world.worker.traffic().control, 1);
+    // `AssignedIps` without any.
+    other[40] = 0;
+    world.outbound(&other);
+    assert_eq!((world.worker.traffic().control, world.count(DropReason::MalformedControl)), (1, 1));
     assert!(world.sink.packets.is_empty() && world.sink.datagrams.is_empty());
     world.outbound(&GOODBYE);
     let client = (world.client.id, world.client.index);
@@ -134,12 +138,7 @@ fn a_key_claimed_by_three_falls_back_until_nobody_is_left() {
         (ours, strange)
     };
     let claim = |world: &mut World, n: u128, claims: bool| {
-        let state = ClientState {
-            tunnel: world.client.tunnel,
-            connection: Connection::Absent,
-            heard_from: [].into(),
-            resources: lan().into(),
-        };
+        let state = ClientState::new(world.client.tunnel, Connection::Absent, lan().into());
         let desired = claims.then(|| Arc::new(state));
         world.command(Command::Client {
             id: ClientId(Uuid::from_u128(n)),
@@ -175,12 +174,7 @@ fn thousands_of_clients_that_come_and_leave_at_once_stall_nobody() {
             v4: (0x6440_8000 + n).into(),
             v6: (0xfd00_2021_1111_u128 << 80 | u128::from(n)).into(),
         };
-        let state = ClientState {
-            tunnel,
-            connection: Connection::Absent,
-            heard_from: [].into(),
-            resources: Arc::clone(&resources),
-        };
+        let state = ClientState::new(tunnel, Connection::Absent, Arc::clone(&resources));
         world.command(Command::Client {
             id: id(n),
             home: crate::command::Home::at(crate::WorkerId::FIRST),

@@ -272,12 +272,7 @@ pub fn from_to(from: usize, to: usize, order: u64) -> Home {
 }
 
 pub fn client_state(client: &Client, connection: Connection) -> Arc<ClientState> {
-    Arc::new(ClientState {
-        tunnel: client.tunnel,
-        connection,
-        heard_from: [].into(),
-        resources: lan().into(),
-    })
+    Arc::new(ClientState::new(client.tunnel, connection, lan().into()))
 }
 
 pub fn client_command(client: &Client, home: Home, path: Path) -> Command {

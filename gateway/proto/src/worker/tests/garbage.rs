@@ -19,6 +19,10 @@ fn no_bytes_panic_and_each_input_is_counted_once() {
             udp(LAN4, C4, (53, 1), b"abcdefgh"),
             ip(C6, LAN6, 0, &[44, 0, 0, 0, 0, 0, 0, 0, 60, 0, 0, 0, 0, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0]),
             udp(C4, "100.96.0.1", (1, 53), b""),
+            answers::control(
+                0,
+                br#"{"resource":"2b6f3f0e-7a53-4d0b-9a4f-2f1f5d1f9a10","domain":"x","proxy_ips":[]}"#,
+            ),
         ];
         for round in 0..1500 {
             let mut packet = samples[random.random_range(0..samples.len())].clone();

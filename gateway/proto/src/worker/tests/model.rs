@@ -450,7 +450,11 @@ impl Model {
             }
             WorkerEvent::Stun(datagram) => assert_eq!(datagram.heard_by, id(by)),
             WorkerEvent::Expired { .. } => panic!("seed {}: a session that nobody left has ended", self.seed),
-            WorkerEvent::Activity { .. } | WorkerEvent::ChannelsUsed(_) => {}
+            WorkerEvent::Assigned { .. } => panic!("seed {}: nobody has assigned anything", self.seed),
+            WorkerEvent::Activity { .. }
+            | WorkerEvent::ChannelsUsed(_)
+            | WorkerEvent::Flow(_)
+            | WorkerEvent::Denied(_) => {}
         }
     }
 
