@@ -17,7 +17,7 @@ use gateway_proto::{
     WorkerEvent,
     addr::{TUNNEL_DNS_PORT, TunnelAddrs},
     control::{self, Control},
-    names::{Lookup, Resolved},
+    names::{DomainName, Resolved},
     portal::messages::FlowLogs,
 };
 use tokio::{
@@ -51,6 +51,7 @@ enum Wake {
     Portal(Option<portal::Event>),
     Workers(Result<Vec<WorkerEvent>>),
     Interface(Option<Result<Families>>),
+    Resolved(Option<(DomainName, Resolved)>),
     Deadline,
     ClockSet,
     Report,
@@ -63,6 +64,7 @@ pub struct Runtime {
     portal: portal::Handle,
     portal_events: mpsc::Receiver<portal::Event>,
     interface: InterfaceTask,
+    look_ups: dns::LookUps,
     readiness: Arc<Readiness>,
     clock_steps: clock::Steps,
     interrupt: Signal,
@@ -81,7 +83,7 @@ impl Runtime {
     pub fn new(
         data: DataPlane,
         interface: Interface,
-        dns: dns::Handle,
+        (dns, look_ups): (dns::Handle, dns::LookUps),
         portal: portal::Client,
         readiness: Arc<Readiness>,
     ) -> Result<Self> {
@@ -108,6 +110,7 @@ impl Runtime {
             portal,
             portal_events,
             interface,
+            look_ups,
             readiness,
             clock_steps,
             interrupt,
@@ -122,8 +125,8 @@ impl Runtime {
     ///
     /// # Errors
     /// Fatal are only: what the portal client calls fatal (token refused, partition too long, no right to mark
-    /// sockets), a worker that ended or hangs, a TUN device that takes no address, and DNS servers that cannot listen
-    /// on it.
+    /// sockets), a worker that ended or hangs, a TUN device that takes no address, DNS servers that cannot listen on it,
+    /// and the end of their thread.
     pub async fn run(mut self) -> Result<()> {
         let result = loop {
             self.drain();
@@ -149,6 +152,10 @@ impl Runtime {
                         break Err(e);
                     }
                 }
+                Wake::Resolved(Some((name, resolved))) => {
+                    self.control.handle_resolved(&name, &resolved, Instant::now());
+                }
+                Wake::Resolved(None) => break Err(anyhow!("The DNS thread ended")),
                 Wake::Deadline => {
                     let now = Instant::now();
                     self.control.handle_wall_clock(clock::unix_now(), now);
@@ -171,6 +178,7 @@ impl Runtime {
             _ = self.terminate.recv() => Wake::Signal("SIGTERM"),
             event = self.portal_events.recv() => Wake::Portal(event),
             result = self.interface.results.recv() => Wake::Interface(result),
+            found = self.look_ups.recv() => Wake::Resolved(found),
             events = self.data.recv() => Wake::Workers(events),
             () = sleep_until(deadline) => Wake::Deadline,
             () = self.clock_steps.next() => Wake::ClockSet,
@@ -190,26 +198,17 @@ impl Runtime {
         while let Some(egress) = self.control.poll_egress() {
             self.portal.send(egress);
         }
-        let mut resolved = Vec::new();
         while let Some(event) = self.control.poll_event() {
             match event {
                 control::Event::Interface(addrs) => {
                     self.interface.wanted.send_replace(Some(addrs));
                 }
                 control::Event::FlowLogs(wanted) => note_flow_logs(&wanted),
-                // There is no resolver yet: nothing can be found out about a name.
-                control::Event::Resolve(name) => {
-                    resolved.push((name, Resolved { v4: Lookup::Failed, v6: Lookup::Failed }));
-                }
+                control::Event::Resolve(name) => self.look_ups.resolve(name),
                 control::Event::IngestToken(attribution) => {
                     tracing::debug!(?attribution, "The portal offers flow-log uploads for an authorization");
                 }
             }
-        }
-        if !resolved.is_empty() {
-            let now = Instant::now();
-            resolved.iter().for_each(|(name, what)| self.control.handle_resolved(name, what, now));
-            return self.drain();
         }
         self.readiness.relay_usable.store(self.control.is_relay_usable(), Ordering::Relaxed);
     }
@@ -276,6 +275,7 @@ impl Runtime {
             to_shell = depths.to_shell,
             from_relays = depths.from_relays,
             parked = depths.parked,
+            resolving = depths.resolving,
             early = depths.early,
             clients = depths.clients,
             indices = depths.indices,

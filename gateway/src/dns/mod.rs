@@ -1,5 +1,6 @@
 //! Layer-4 DNS servers on the gateway's tunnel addresses (dns.md sections 1 to 4): clients send their SRV and TXT
-//! queries for DNS resources here, and any other they like. And the look-ups of the machine's own names (section 6).
+//! queries for DNS resources here, and any other they like. And the addresses of the resources' names, for control
+//! (sections 5 and 6).
 //!
 //! ```text
 //! udp::bind, one per address --.                               .-- upstream: one question, one nameserver
@@ -7,7 +8,7 @@
 //! tcp::bind, one per address --'                               '-- rtt: whom to ask first
 //!      connections: which one goes when there are too many         nameservers --.
 //!                                                                                 system: resolv.conf, hosts
-//! look_up_afresh ----------> resolver --> hickory --> provider: its sockets -----'
+//! LookUps::resolve ---------> resolver --> hickory --> provider: its sockets -----'
 //! ```
 //!
 //! All of it runs on a thread of its own: a client that floods its DNS server must not delay the answers that ICE and
@@ -30,16 +31,17 @@ mod udp;
 mod upstream;
 
 use std::{
-    cell::RefCell, collections::BTreeSet, io, net::SocketAddr, path::Path, rc::Rc, thread, time::Duration,
+    cell::RefCell, collections::BTreeSet, io, net::SocketAddr, path::Path, rc::Rc, sync::Arc, thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use gateway_proto::names::{DomainName, Resolved};
+use gateway_proto::names::{DomainName, Lookup, Resolved};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     sync::{mpsc, oneshot},
-    task::LocalSet,
-    time::{MissedTickBehavior, interval},
+    task::{LocalSet, spawn_local},
+    time::{Instant, MissedTickBehavior, interval},
 };
 
 use self::{
@@ -58,6 +60,8 @@ const BIND_ATTEMPTS: usize = 3;
 const BIND_PAUSE: Duration = Duration::from_millis(100);
 /// How often the system's files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// A look-up does not go by what is older than this.
+const LOOK_AGE: Duration = Duration::from_secs(1);
 /// How often the counters are written to the log, if they changed.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -81,15 +85,24 @@ struct Listen {
     done: oneshot::Sender<Result<()>>,
 }
 
+/// The look-ups of names, from outside.
+#[derive(Debug)]
+pub struct LookUps {
+    names: mpsc::UnboundedSender<DomainName>,
+    results: mpsc::UnboundedReceiver<(DomainName, Resolved)>,
+}
+
 /// Starts the thread, without any server yet. It belongs to the network namespace of the calling thread; sockets
 /// towards nameservers get SO_MARK `mark`.
 ///
 /// # Errors
 /// There is no thread or no event queue to be had.
-pub fn start(mark: u32) -> Result<Handle> {
+pub fn start(mark: u32) -> Result<(Handle, LookUps)> {
     raise_file_limit();
     let (orders, arriving) = mpsc::unbounded_channel();
     let (end, ended) = oneshot::channel();
+    let (names, asked) = mpsc::unbounded_channel();
+    let (found, results) = mpsc::unbounded_channel();
     let tokio = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -99,12 +112,12 @@ pub fn start(mark: u32) -> Result<Handle> {
         .spawn(move || {
             // Packets first. Of the calling thread, on Linux; being refused is no harm.
             let _ = rustix::process::nice(NICE);
-            LocalSet::new().block_on(&tokio, run(mark, arriving));
+            LocalSet::new().block_on(&tokio, run(mark, arriving, asked, found));
             // Nobody waits for it where the daemon ends in a hurry.
             let _ = end.send(());
         })
         .context("Cannot start the DNS servers' thread")?;
-    Ok(Handle { orders, ended })
+    Ok((Handle { orders, ended }, LookUps { names, results }))
 }
 
 /// Looks `name` up once by what the machine's files say now, without any cache; takes 10 s at most. Sockets get SO_MARK
@@ -153,11 +166,30 @@ impl Handle {
     }
 }
 
-async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
+impl LookUps {
+    /// Looks up `name`; [`LookUps::recv`] gives the result, once, after 10 s at the latest.
+    pub fn resolve(&self, name: DomainName) {
+        // Without the thread `recv` has said so.
+        let _ = self.names.send(name);
+    }
+
+    /// The next result. `None` if the thread is gone.
+    pub async fn recv(&mut self) -> Option<(DomainName, Resolved)> {
+        self.results.recv().await
+    }
+}
+
+async fn run(
+    mark: u32,
+    mut orders: mpsc::UnboundedReceiver<Listen>,
+    mut names: mpsc::UnboundedReceiver<DomainName>,
+    found: mpsc::UnboundedSender<(DomainName, Resolved)>,
+) {
     let forwarder = Forwarder::new(Some(mark));
     // Until the file is read.
     forwarder.set_nameservers(ResolvConf::parse("").servers().to_vec());
-    let mut files = Files::new(Path::new(RESOLV_CONF));
+    let resolver = Arc::new(Resolver::new(Some(mark), resolver::LIMIT));
+    let mut files = Files::new(Path::new(RESOLV_CONF), Path::new(HOSTS));
     let mut servers = Servers::new(Rc::clone(&forwarder));
     let mut look = interval(LOOK_INTERVAL);
     let mut report = interval(REPORT_INTERVAL);
@@ -172,8 +204,14 @@ async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
                 }
                 None => break,
             },
+            Some(name) = names.recv() => {
+                if files.looked.is_none_or(|at| at.elapsed() >= LOOK_AGE) {
+                    files.look(&forwarder, &resolver);
+                }
+                spawn_local(look_up(Arc::clone(&resolver), name, found.clone()));
+            }
             _ = look.tick() => {
-                files.look(&forwarder);
+                files.look(&forwarder, &resolver);
                 servers.revive();
             }
             _ = report.tick() => forwarder.stats.report(),
@@ -182,18 +220,37 @@ async fn run(mark: u32, mut orders: mpsc::UnboundedReceiver<Listen>) {
     forwarder.stats.report();
 }
 
+async fn look_up(
+    resolver: Arc<Resolver>,
+    name: DomainName,
+    found: mpsc::UnboundedSender<(DomainName, Resolved)>,
+) {
+    // As a task of its own, so that there is an answer whatever happens in it.
+    let asked = name.clone();
+    let resolved = spawn_local(async move { resolver.look_up(&asked).await }).await;
+    let resolved = resolved.unwrap_or_else(|e| {
+        tracing::warn!("A look-up ended by an error of its own: {e}");
+        Resolved { v4: Lookup::Failed, v6: Lookup::Failed }
+    });
+    // Who asked may be gone by now, at the end of the daemon.
+    let _ = found.send((name, resolved));
+}
+
 /// What the machine says about names.
 struct Files {
     resolv_conf: Watched,
+    hosts: Watched,
+    looked: Option<Instant>,
 }
 
 impl Files {
-    fn new(resolv_conf: &Path) -> Self {
-        Self { resolv_conf: Watched::new(resolv_conf) }
+    fn new(resolv_conf: &Path, hosts: &Path) -> Self {
+        Self { resolv_conf: Watched::new(resolv_conf), hosts: Watched::new(hosts), looked: None }
     }
 
     /// Tells what has changed.
-    fn look(&mut self, forwarder: &Forwarder) {
+    fn look(&mut self, forwarder: &Forwarder, resolver: &Resolver) {
+        self.looked = Some(Instant::now());
         match self.resolv_conf.look() {
             Ok(None) => {}
             Ok(Some(text)) => {
@@ -203,9 +260,15 @@ impl Files {
                     tracing::info!("/etc/resolv.conf names no nameserver; asking the one on this machine");
                 }
                 forwarder.set_nameservers(conf.servers().to_vec());
+                resolver.set_conf(conf);
             }
             // Those that are known stay: a file that is being replaced is away for a moment.
             Err(e) => tracing::warn!("Cannot read /etc/resolv.conf: {e}; going on as before"),
+        }
+        match self.hosts.look() {
+            Ok(None) => {}
+            Ok(Some(text)) => resolver.set_hosts(Hosts::parse(&text)),
+            Err(e) => tracing::debug!("Cannot read /etc/hosts: {e}; going on as before"),
         }
     }
 }

@@ -91,6 +91,12 @@ impl Resolver {
         self.replace(System { conf, hosts: Arc::new(hosts), all, each });
     }
 
+    /// Whom it asks.
+    #[cfg(test)]
+    pub fn nameservers(&self) -> Vec<SocketAddr> {
+        self.system().conf.servers().to_vec()
+    }
+
     fn system(&self) -> Arc<System> {
         Arc::clone(&self.system.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -106,28 +106,48 @@ async fn a_server_that_died_comes_back() {
         .await;
 }
 
-#[test]
-fn the_nameservers_are_those_of_the_file_as_it_is_now() {
+#[tokio::test]
+async fn look_ups_go_by_the_files_as_they_are_now() {
     let folder = tempfile::tempdir().unwrap();
-    let (file, new) = (folder.path().join("resolv.conf"), folder.path().join("new"));
-    let forwarder = Forwarder::new(None);
-    let mut files = Files::new(&file);
-    for (text, expect) in [
-        (Some("nameserver 192.0.2.1\n"), "192.0.2.1:53"),
-        // The same length, another file.
-        (Some("nameserver 192.0.2.2\n"), "192.0.2.2:53"),
-        // Away for a moment, then without any.
-        (None, "192.0.2.2:53"),
-        (Some("options edns0\n"), "127.0.0.1:53"),
-    ] {
-        match text {
-            Some(text) => {
-                std::fs::write(&new, text).unwrap();
-                std::fs::rename(&new, &file).unwrap();
+    let (conf, hosts) = (folder.path().join("resolv.conf"), folder.path().join("hosts"));
+    let replace = |file: &Path, text: &str| {
+        let new = folder.path().join("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, file).unwrap();
+    };
+    let (forwarder, resolver) = (Forwarder::new(None), Arc::new(Resolver::new(None, Duration::from_secs(1))));
+    let mut files = Files::new(&conf, &hosts);
+    // There are none yet.
+    files.look(&forwarder, &resolver);
+    let found = |v4: [u8; 4], v6: &str| Resolved {
+        v4: Lookup::Answer(vec![v4.into()]),
+        v6: Lookup::Answer(vec![v6.parse().unwrap()]),
+    };
+    let name = DomainName::parse("git.test").unwrap();
+    LocalSet::new()
+        .run_until(async {
+            for last in [1, 2] {
+                // The same length twice.
+                replace(&hosts, &format!("10.0.0.{last} git.test\n2001:db8::{last} git.test\n"));
+                replace(&conf, &format!("nameserver 192.0.2.{last}\n"));
+                files.look(&forwarder, &resolver);
+                let (sender, mut results) = mpsc::unbounded_channel();
+                look_up(Arc::clone(&resolver), name.clone(), sender).await;
+                let expect = found([10, 0, 0, last], &format!("2001:db8::{last}"));
+                assert_eq!(results.recv().await, Some((name.clone(), expect)));
+                assert_eq!(results.recv().await, None, "one answer");
+                let server = SocketAddr::from(([192, 0, 2, last], 53));
+                assert_eq!((forwarder.nameservers(), resolver.nameservers()), (vec![server], vec![server]));
             }
-            None => std::fs::remove_file(&file).unwrap(),
-        }
-        files.look(&forwarder);
-        assert_eq!(forwarder.nameservers(), [expect.parse().unwrap()], "{text:?}");
-    }
+            // A file that is away for a moment changes nothing, one without nameservers names this machine's.
+            std::fs::remove_file(&conf).unwrap();
+            files.look(&forwarder, &resolver);
+            assert_eq!(resolver.nameservers(), forwarder.nameservers());
+            assert_eq!(resolver.nameservers(), [SocketAddr::from(([192, 0, 2, 2], 53))]);
+            replace(&conf, "options edns0\n");
+            files.look(&forwarder, &resolver);
+            assert_eq!(resolver.nameservers(), forwarder.nameservers());
+            assert_eq!(resolver.nameservers(), [SocketAddr::from(([127, 0, 0, 1], 53))]);
+        })
+        .await;
 }

@@ -66,6 +66,8 @@ pub fn check(log: &str, clients: usize) -> Result<()> {
         // Candidates are held while the portal is away: one message for each client.
         (CONTROL, "to_portal", NotExceedValueOf("clients")),
         (CONTROL, "parked", Be(0)),
+        // Names that clients asked for in the last moment.
+        (CONTROL, "resolving", NotExceed(4 * clients)),
         (CONTROL, "early", NotExceed(clients)),
         (CONTROL, "clients", NotExceed(clients)),
         (CONTROL, "indices", NotExceedValueOf("clients")),
@@ -113,7 +115,7 @@ mod tests {
 
     const GOOD: &str = "\
 T DEBUG firezone_gateway::rest: Control at rest to_workers=0 to_network=0 to_portal=0 to_shell=0 from_relays=0 parked=0 \
-early=0 clients=2 indices=2 usernames=2 timers=2 homes=2 events_waiting=1 events_most=9 portal_events_waiting=0 \
+resolving=0 early=0 clients=2 indices=2 usernames=2 timers=2 homes=2 events_waiting=1 events_most=9 portal_events_waiting=0 \
 portal_events_most=3
 T DEBUG firezone_gateway::rest: Worker at rest worker=0 batches_in_use=0 packets_waiting=0 rings_waiting=0 mail_waiting=0 \
 ring_bytes_most=4096 commands_most=7 outbound_packets=12
@@ -134,6 +136,7 @@ T DEBUG firezone_gateway::rest: Portal at rest commands_waiting=0 commands_most=
             ("to_network=0", "to_network=1"),
             ("to_portal=0", "to_portal=3"),
             ("parked=0", "parked=1"),
+            ("resolving=0", "resolving=9"),
             ("clients=2", "clients=3"),
             ("indices=2", "indices=3"),
             ("usernames=2", "usernames=3"),

@@ -11,6 +11,8 @@ use std::{
 use crate::{
     flow::{Attribution, Attributions},
     ids::{ClientId, ResourceId},
+    names::DomainName,
+    pattern::Pattern,
     portal::messages::{Authorize, Resource, ResourceKind, UnixSeconds},
 };
 
@@ -37,6 +39,8 @@ pub(super) struct Authorizations {
 #[derive(Debug)]
 struct Authorization {
     resource: Resource,
+    /// Of a DNS resource whose address is one: the address never changes.
+    pattern: Option<Pattern>,
     /// By the wall clock, as the portal said it; `None` is never.
     expires: Option<UnixSeconds>,
     granted: Instant,
@@ -63,7 +67,12 @@ impl Authorizations {
         match self.granted.get_mut(&id) {
             Some(known) => (known.expires, known.granted) = (expires, now),
             None => {
-                self.granted.insert(id, Authorization { resource, expires, granted: now, attribution: None });
+                let pattern = match &resource.kind {
+                    ResourceKind::Dns { pattern, .. } => Pattern::new(pattern),
+                    _ => None,
+                };
+                let new = Authorization { resource, pattern, expires, granted: now, attribution: None };
+                self.granted.insert(id, new);
                 self.complete = None;
             }
         }
@@ -140,9 +149,18 @@ impl Authorizations {
         clock.deadline(self.granted.values().filter_map(|a| a.expires).min())
     }
 
-    /// Does the client hold it, and is it reached by names?
-    pub(super) fn is_dns(&self, resource: ResourceId) -> bool {
-        self.granted.get(&resource).is_some_and(|a| matches!(a.resource.kind, ResourceKind::Dns { .. }))
+    /// Is this name to be reached under this resource?
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn permits(&self, resource: ResourceId, name: &DomainName) -> Result<(), &'static str> {
+        let known = self.granted.get(&resource).ok_or("a resource without access")?;
+        match (&known.resource.kind, &known.pattern) {
+            (ResourceKind::Dns { .. }, Some(pattern)) if pattern.matches(name) => Ok(()),
+            (ResourceKind::Dns { .. }, Some(_)) => Err("the resource's pattern does not match"),
+            (ResourceKind::Dns { .. }, None) => Err("the resource's address is no pattern"),
+            _ => Err("the resource is not reached by names"),
+        }
     }
 
     /// Has the client nothing left?

@@ -21,6 +21,8 @@ pub struct Depths {
     pub parked: usize,
     /// Candidates that wait for an authorization, 2 s at most.
     pub early: usize,
+    /// Names that are being looked up, 10 s at most.
+    pub resolving: usize,
     /// Table: the connections' indices.
     pub indices: usize,
     /// Table: credentials that checks are recognised by.
@@ -44,6 +46,7 @@ impl Control {
             from_relays: self.shared.relays.waiting().1,
             parked: self.parked.len(),
             early: self.early.len(),
+            resolving: self.resolutions.len(),
             indices: self.indices_in_use.len(),
             usernames: self.shared.router.usernames(),
             timers: self.timers.len(),

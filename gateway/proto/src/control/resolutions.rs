@@ -82,6 +82,11 @@ impl Resolutions {
         }
         waiters
     }
+
+    /// How many names are being looked up.
+    pub(super) fn len(&self) -> usize {
+        self.names.len()
+    }
 }
 
 #[cfg(test)]
