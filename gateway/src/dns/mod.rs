@@ -49,6 +49,7 @@ use self::{
     forward::Forwarder,
     resolver::Resolver,
     server::Server,
+    stats::Count,
     system::{Hosts, ResolvConf, Watched},
 };
 
@@ -208,7 +209,7 @@ async fn run(
                 if files.looked.is_none_or(|at| at.elapsed() >= LOOK_AGE) {
                     files.look(&forwarder, &resolver);
                 }
-                spawn_local(look_up(Arc::clone(&resolver), name, found.clone()));
+                spawn_local(look_up(Arc::clone(&resolver), name, Rc::clone(&forwarder), found.clone()));
             }
             _ = look.tick() => {
                 files.look(&forwarder, &resolver);
@@ -223,6 +224,7 @@ async fn run(
 async fn look_up(
     resolver: Arc<Resolver>,
     name: DomainName,
+    forwarder: Rc<Forwarder>,
     found: mpsc::UnboundedSender<(DomainName, Resolved)>,
 ) {
     // As a task of its own, so that there is an answer whatever happens in it.
@@ -232,6 +234,14 @@ async fn look_up(
         tracing::warn!("A look-up ended by an error of its own: {e}");
         Resolved { v4: Lookup::Failed, v6: Lookup::Failed }
     });
+    let (v4, v6) = (&resolved.v4, &resolved.v6);
+    forwarder.stats.count(Count::LookUps);
+    if *v4 == Lookup::Failed || *v6 == Lookup::Failed {
+        forwarder.stats.count(Count::LookUpsFailed);
+    }
+    if *v4 == Lookup::TimedOut || *v6 == Lookup::TimedOut {
+        forwarder.stats.count(Count::LookUpsTimedOut);
+    }
     // Who asked may be gone by now, at the end of the daemon.
     let _ = found.send((name, resolved));
 }

@@ -165,7 +165,9 @@ impl System {
         let searched: Vec<Vec<&[u8]>> = searched.collect();
         let dots = own.len() - 1;
         let mut candidates = searched;
-        let at = if dots >= self.conf.ndots { 0 } else { candidates.len() };
+        // Nobody but this machine is to be asked about "localhost" (RFC 6761 section 6.3).
+        let is_first = dots >= self.conf.ndots || own.last() == Some(&&b"localhost"[..]);
+        let at = if is_first { 0 } else { candidates.len() };
         candidates.insert(at, own);
         // With what is appended it may be too long.
         candidates.into_iter().filter_map(|labels| Name::from_labels(labels).ok()).collect()

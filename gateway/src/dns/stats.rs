@@ -35,9 +35,15 @@ pub enum Count {
     Strays,
     /// A nameserver cut its answer and was asked over TCP.
     UpstreamTruncated,
+    /// Names that were looked up for control.
+    LookUps,
+    /// Of these, without an answer for one family at least, because nobody could tell.
+    LookUpsFailed,
+    /// Of these, without an answer for one family at least, because time ran out.
+    LookUpsTimedOut,
 }
 
-const COUNTS: [(Count, &str); 15] = [
+const COUNTS: [(Count, &str); 18] = [
     (Count::UdpQueries, "UDP queries"),
     (Count::TcpQueries, "TCP queries"),
     (Count::Answered, "answered"),
@@ -53,6 +59,9 @@ const COUNTS: [(Count, &str); 15] = [
     (Count::AskedAgain, "asked again"),
     (Count::Strays, "stray datagrams"),
     (Count::UpstreamTruncated, "truncated by a nameserver"),
+    (Count::LookUps, "look-ups"),
+    (Count::LookUpsFailed, "look-ups failed"),
+    (Count::LookUpsTimedOut, "look-ups timed out"),
 ];
 
 /// The counters.

@@ -132,7 +132,7 @@ async fn look_ups_go_by_the_files_as_they_are_now() {
                 replace(&conf, &format!("nameserver 192.0.2.{last}\n"));
                 files.look(&forwarder, &resolver);
                 let (sender, mut results) = mpsc::unbounded_channel();
-                look_up(Arc::clone(&resolver), name.clone(), sender).await;
+                look_up(Arc::clone(&resolver), name.clone(), Rc::clone(&forwarder), sender).await;
                 let expect = found([10, 0, 0, last], &format!("2001:db8::{last}"));
                 assert_eq!(results.recv().await, Some((name.clone(), expect)));
                 assert_eq!(results.recv().await, None, "one answer");
@@ -150,4 +150,47 @@ async fn look_ups_go_by_the_files_as_they_are_now() {
             assert_eq!(resolver.nameservers(), [SocketAddr::from(([127, 0, 0, 1], 53))]);
         })
         .await;
+}
+
+#[tokio::test]
+async fn look_ups_are_counted_by_how_they_end() {
+    // A limit that nobody can keep; the hosts file needs no time.
+    let (forwarder, resolver) = (Forwarder::new(None), Arc::new(Resolver::new(None, Duration::ZERO)));
+    resolver.set_hosts(Hosts::parse("10.0.0.1 git.test\n2001:db8::1 git.test\n"));
+    LocalSet::new()
+        .run_until(async {
+            let (sender, mut results) = mpsc::unbounded_channel();
+            for text in ["git.test", "slow.test"] {
+                let name = DomainName::parse(text).unwrap();
+                look_up(Arc::clone(&resolver), name, Rc::clone(&forwarder), sender.clone()).await;
+            }
+            let (_, slow) = (results.recv().await.unwrap(), results.recv().await.unwrap().1);
+            assert_eq!(slow, Resolved { v4: Lookup::TimedOut, v6: Lookup::TimedOut });
+            let counts = [Count::LookUps, Count::LookUpsFailed, Count::LookUpsTimedOut];
+            assert_eq!(counts.map(|count| forwarder.stats.get(count)), [2, 0, 1]);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn the_thread_answers_each_name_once_and_says_when_it_ends() {
+    // Of this machine's files; nobody is asked for these (RFC 6761), so that nothing is sent and no right is needed.
+    let (handle, mut look_ups) = start(crate::data::MARK).unwrap();
+    let names = ["localhost", "a.localhost", "b.localhost"].map(|name| DomainName::parse(name).unwrap());
+    names.iter().for_each(|name| look_ups.resolve(name.clone()));
+    let mut answered = Vec::new();
+    for _ in &names {
+        let (name, Resolved { v4, v6 }) =
+            tokio::time::timeout(Duration::from_secs(20), look_ups.recv()).await.unwrap().unwrap();
+        let Lookup::Answer(v4) = v4 else { panic!("{name}: {v4:?}, {v6:?}") };
+        assert!(!v4.is_empty() && v4.iter().all(|ip| ip.is_loopback()), "{name}: {v4:?}");
+        answered.push(name);
+    }
+    answered.sort();
+    let mut expect = names.to_vec();
+    expect.sort();
+    assert_eq!(answered, expect);
+    handle.close().await;
+    assert_eq!(tokio::time::timeout(Duration::from_secs(20), look_ups.recv()).await.unwrap(), None);
+    look_ups.resolve(names[0].clone());
 }

@@ -131,7 +131,7 @@ impl ClientNames {
         true
     }
 
-    /// A client that starts again gives its proxy addresses to other names.
+    /// A client that starts again gives its proxy addresses to other names. Their owner is for the caller to change.
     fn take_from_others(&mut self, name: &DomainName, proxies: &[IpAddr]) {
         for proxy in proxies {
             let Some(other) = self.owners.get(proxy).filter(|owner| *owner != name) else { continue };
@@ -145,7 +145,6 @@ impl ClientNames {
                 let domain = Domain { name: name.clone(), resources: resources.clone(), proxies: left };
                 known.domain = Arc::new(domain);
             }
-            self.owners.remove(proxy);
             self.on_changed();
         }
     }

@@ -258,7 +258,7 @@ async fn the_search_list_is_gone_through_as_the_system_does() {
                 let resolver = resolver(text, &[server], 5 * SECOND);
                 assert_eq!(look_up(&resolver, name).await, expect, "{text}{name}");
                 let mut expect: Vec<String> = questions
-                    .split(' ')
+                    .split_whitespace()
                     .flat_map(|name| [format!("{name} A"), format!("{name} AAAA")])
                     .collect();
                 expect.sort();

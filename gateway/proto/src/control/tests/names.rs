@@ -195,7 +195,7 @@ fn what_happens_while_a_name_is_looked_up_counts() {
     let name = DomainName::parse("x.net").unwrap();
     type Between = Box<dyn Fn(&mut World)>;
     // What is answered: the names' state, or nothing because there is nobody.
-    let table: [(&str, Between, Option<bool>); 7] = [
+    let table: [(&str, Between, Option<bool>); 8] = [
         ("nothing", Box::new(|_| ()), Some(true)),
         ("revoked", Box::new(move |w| w.ingress(revoke(2))), Some(false)),
         ("another revoked", Box::new(move |w| w.ingress(revoke(1))), Some(true)),
@@ -225,6 +225,17 @@ fn what_happens_while_a_name_is_looked_up_counts() {
                 authorize_names(w, 2);
             }),
             None,
+        ),
+        (
+            "goodbye, back, and asked again",
+            Box::new(|w| {
+                let (id, index) = (w.client.id, w.index().unwrap());
+                w.worker_event(WorkerEvent::Goodbye { id, index });
+                w.authorize(1);
+                authorize_names(w, 2);
+                assign(w, 2, "x.net");
+            }),
+            Some(true),
         ),
     ];
     for (what, between, expect) in table {
