@@ -232,13 +232,8 @@ fn ask_until(server: SocketAddr, until: Instant) -> Result<(u32, u32)> {
 
 /// The daemon with `file` as its resolv.conf, and a client that has a route to the tunnel addresses, which are returned.
 fn start(cx: &Context, file: &ResolvConf) -> Result<(Lab, [IpAddr; 2])> {
-    let wrapper = in_mount_namespace(&format!(
-        "mount --bind '{}' /etc/resolv.conf && exec \"$@\"",
-        file.path.display()
-    ));
-    can_run(cx, &wrapper)?;
     let options = Options {
-        launch: Launch { wrapper, ..Launch::default() },
+        launch: file.launch(cx)?,
         rust_log: "info,firezone_gateway::dns=debug",
         ..Options::default()
     };
@@ -260,15 +255,23 @@ fn route(client: &NetNs, own: [IpAddr; 2]) -> Result<()> {
 }
 
 /// A file that is mounted over the daemon's /etc/resolv.conf.
-struct ResolvConf {
+pub(super) struct ResolvConf {
     path: PathBuf,
 }
 
 impl ResolvConf {
-    fn new(cx: &Context, servers: &[Ipv4Addr]) -> Result<Self> {
+    pub(super) fn new(cx: &Context, servers: &[Ipv4Addr]) -> Result<Self> {
         let file = Self { path: cx.logs.file("resolv.conf") };
         file.write(servers)?;
         Ok(file)
+    }
+
+    /// The daemon with this file; skips the scenario where nothing can be mounted.
+    pub(super) fn launch(&self, cx: &Context) -> Result<Launch> {
+        let mount = format!("mount --bind '{}' /etc/resolv.conf && exec \"$@\"", self.path.display());
+        let wrapper = in_mount_namespace(&mount);
+        can_run(cx, &wrapper)?;
+        Ok(Launch { wrapper, ..Launch::default() })
     }
 
     fn write(&self, servers: &[Ipv4Addr]) -> Result<()> {
@@ -278,18 +281,30 @@ impl ResolvConf {
 }
 
 /// A dnsmasq on one address of the portal's host.
-struct Nameserver(Process);
+pub(super) struct Nameserver(Process);
 
 impl Nameserver {
     /// `note` is what it has to say as TXT of `_note.lan.test`.
     fn start(cx: &Context, name: &str, address: Ipv4Addr, note: &str) -> Result<Self> {
+        Self::start_with(cx, name, address, note, &[])
+    }
+
+    /// `hosts` are names of `lan.test` and their addresses, as in `--host-record`.
+    pub(super) fn start_with(
+        cx: &Context,
+        name: &str,
+        address: Ipv4Addr,
+        note: &str,
+        hosts: &[String],
+    ) -> Result<Self> {
         let long = vec!["x".repeat(200); LONG].join(",");
-        let command = words(&format!(
+        let mut command = words(&format!(
             "dnsmasq --keep-in-foreground --conf-file=/dev/null --user=root --no-resolv --no-hosts --pid-file= \
              --log-facility=- --log-queries --bind-interfaces --listen-address={address} --except-interface=lo \
              --local=/lan.test/ --srv-host=_web._tcp.lan.test,files.lan.test,8080,10,20 \
              --txt-record=_note.lan.test,{note} --txt-record=_long.lan.test,{long}"
         ));
+        command.extend(hosts.iter().map(|host| format!("--host-record={host}")));
         let host = &cx.topology.portal.namespace;
         let process = Process::spawn(host, &cx.logs, &Spawn { name, command, ..Spawn::default() })?;
         let at = SocketAddr::new(address.into(), 53);

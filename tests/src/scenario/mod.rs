@@ -11,6 +11,7 @@ mod dns;
 mod floods;
 pub mod lab;
 mod links;
+mod names;
 mod network;
 mod paths;
 mod pool;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, floods, links, network, paths, relays, start, transfers, trouble,
+    Scenario, access, churn, crowd, dns, floods, links, names, network, paths, relays, start, transfers,
+    trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -150,6 +151,7 @@ pub static SCENARIOS: &[Scenario] = &[
         access::spoofed_source,
     ),
     scenario("the gateway's own tunnel address", direct::plan, 20, access::gateway_own_address),
+    scenario("DNS resources: what becomes of a name", direct::plan, 40, names::statuses),
     scenario("DNS servers: SRV and TXT, long answers, bad queries", direct::plan, 40, dns::queries),
     scenario("DNS servers: a connection outlives an init", direct::plan, 40, dns::connection_stays).once(),
     scenario("DNS servers: a nameserver dies, another is configured", direct::plan, 60, dns::failover).once(),

@@ -116,6 +116,15 @@ pub enum Command {
         /// Its id.
         resource: Uuid,
     },
+    /// Assign these proxy addresses to a name of a DNS resource, at the gateway that granted it, or else at any.
+    Assign {
+        /// The resource.
+        resource: Uuid,
+        /// The name.
+        domain: String,
+        /// Of the ranges that are for it (packets.md section 2).
+        proxies: Vec<IpAddr>,
+    },
     /// Send this inner packet through the tunnel (of the first gateway), as it is.
     SendInner {
         /// The IP packet.
@@ -206,6 +215,15 @@ pub enum Event {
     IcmpUnreachable {
         /// Destination of the packet that was refused.
         dst: IpAddr,
+    },
+    /// What the gateway says of a name that was assigned addresses.
+    DomainStatus {
+        /// Under which resource.
+        resource: Uuid,
+        /// The name.
+        domain: String,
+        /// `Active` or `Inactive`.
+        status: String,
     },
     /// The gateway closed the connection.
     Goodbye {

@@ -5,14 +5,14 @@
 mod traffic;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use is::IceCreds;
 use serde_json::{Value, json};
 use tokio::runtime::Handle;
@@ -23,6 +23,7 @@ use super::config::{Command, Config, Event, Generation, Stats};
 use super::connection::{Connection, Grant, Identity};
 use super::eventloop::{Input, Inputs};
 use super::ice::{self, Local};
+use super::inner;
 use super::net::Net;
 use super::portal::{self, Order, Report};
 use super::tun::Inside;
@@ -36,6 +37,12 @@ const RELAY_PATIENCE: Duration = Duration::from_secs(5);
 const REQUEST_PAUSE: Duration = Duration::from_secs(2);
 /// Packets kept per resource until it is granted.
 const WAITING_LIMIT: usize = 128;
+
+/// Addresses that stand for names of DNS resources (packets.md section 2).
+const PROXY_RANGES: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(100, 96, 0, 0), 11)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0x8000, 0, 0, 0, 0), 107)),
+];
 
 /// Where a client's events go.
 pub(super) type Emit = Box<dyn FnMut(Event)>;
@@ -131,6 +138,19 @@ impl Client {
     fn handle_command(&mut self, command: Command, now: Instant) {
         match command {
             Command::Request { resource } => self.deferred.push((resource, now)),
+            Command::Assign { resource, domain, proxies } => {
+                let packet = inner::assigned_ips(resource, &domain, &proxies);
+                let granted = self.resources.get(&resource).and_then(|known| known.granted);
+                // Without a grant the gateway shall be the one to refuse it.
+                let gateway = granted.or_else(|| self.connections.keys().next().copied());
+                match gateway.and_then(|gateway| self.connections.get_mut(&gateway)) {
+                    Some(connection) => {
+                        connection.send(&packet, &mut self.net, now);
+                        self.net.flush();
+                    }
+                    None => (self.emit)(Event::Error { message: "assign: there is no connection".into() }),
+                }
+            }
             Command::SendInner { hex } => match (hex::decode(&hex), self.connections.values_mut().next()) {
                 (Ok(packet), Some(connection)) => {
                     connection.send(&packet, &mut self.net, now);
@@ -241,13 +261,17 @@ impl Client {
     }
 
     fn on_init(&mut self, init: Init, inside: &dyn Inside, now: Instant) -> Result<()> {
+        let mut names = false;
         for resource in &init.resources {
             let Ok(id) = serde_json::from_value::<Uuid>(resource["id"].clone()) else { continue };
             let network = resource["address"].as_str().and_then(|address| address.parse().ok());
+            names |= resource["type"] == "dns";
             self.resources.entry(id).or_default().network = network;
         }
         let networks = self.resources.values().filter_map(|r| r.network);
-        let routes: Vec<_> = networks.chain(self.config.extra_routes.iter().copied()).collect();
+        let proxies = names.then_some(PROXY_RANGES).into_iter().flatten();
+        let routes = networks.chain(self.config.extra_routes.iter().copied()).chain(proxies);
+        let routes: Vec<_> = routes.collect();
         inside.configure(init.interface.ipv4, init.interface.ipv6, &routes)?;
         self.merge_relays(init.relays, now);
         (self.emit)(Event::Joined { ipv4: init.interface.ipv4.into(), ipv6: init.interface.ipv6.into() });

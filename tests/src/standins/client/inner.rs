@@ -4,6 +4,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
+use serde::Deserialize;
+use serde_json::json;
+use uuid::Uuid;
+
 /// The largest inner packet (packets.md section 1).
 pub(super) const MAX_INNER: usize = 1280;
 
@@ -19,7 +23,7 @@ pub(super) const GOODBYE: [u8; 48] = {
 };
 
 /// What a packet from the gateway means to the client itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Meaning {
     /// Nothing; it belongs on the TUN.
     Ordinary,
@@ -29,8 +33,34 @@ pub(super) enum Meaning {
     Unreachable(IpAddr),
     /// The gateway closed the connection.
     Goodbye,
+    /// What became of a name.
+    DomainStatus(DomainStatus),
     /// Another in-tunnel control event; not for the TUN.
     Control,
+}
+
+/// The answer to [`assigned_ips`] (packets.md section 6.2).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct DomainStatus {
+    pub(super) resource: Uuid,
+    pub(super) domain: String,
+    pub(super) status: String,
+}
+
+/// The control packet that assigns proxy addresses to a name (packets.md section 6.2).
+pub(super) fn assigned_ips(resource: Uuid, domain: &str, proxies: &[IpAddr]) -> Vec<u8> {
+    // In the order of test-vectors.md section 7.1.
+    let json = format!(
+        r#"{{"resource":{},"domain":{},"proxy_ips":{}}}"#,
+        json!(resource),
+        json!(domain),
+        json!(proxies)
+    );
+    let mut packet = [&GOODBYE[..], json.as_bytes()].concat();
+    let length = u16::try_from(packet.len() - 40).expect("a name has at most 253 bytes");
+    packet[4..6].copy_from_slice(&length.to_be_bytes());
+    packet[40] = 0;
+    packet
 }
 
 /// The destination address, or `None` for what is not an IP packet.
@@ -68,7 +98,12 @@ fn meaning_v4(packet: &[u8]) -> Meaning {
 fn meaning_v6(packet: &[u8]) -> Meaning {
     let (Some(next), Some(body)) = (packet.get(6), packet.get(40..)) else { return Meaning::Ordinary };
     if *next == 0xFF && packet[8..40].iter().all(|byte| *byte == 0) && body.len() >= 8 {
-        return if body[0] == 2 { Meaning::Goodbye } else { Meaning::Control };
+        let status = || serde_json::from_slice(&body[8..]).ok();
+        return match body[0] {
+            1 => status().map_or(Meaning::Control, Meaning::DomainStatus),
+            2 => Meaning::Goodbye,
+            _ => Meaning::Control,
+        };
     }
     if *next != 58 {
         return Meaning::Ordinary;
@@ -203,6 +238,26 @@ mod tests {
                       00000000000000000200000000000000";
         assert_eq!(hex::encode(GOODBYE), vector);
         assert_eq!(meaning(&GOODBYE), Meaning::Goodbye);
+    }
+
+    #[test]
+    fn names_are_vectors_7_1_and_7_2() {
+        let resource = "2b6f3f0e-7a53-4d0b-9a4f-2f1f5d1f9a10".parse().unwrap();
+        let v4 = (1..=4).map(|n| Ipv4Addr::new(100, 96, 0, n).into());
+        let v6 = (0..4).map(|n| Ipv6Addr::new(0xfd00, 0x2021, 0x1111, 0x8000, 0, 0, 0, n).into());
+        let packet = assigned_ips(resource, "git.example.net", &v4.chain(v6).collect::<Vec<IpAddr>>());
+        assert_eq!((packet.len(), &packet[4..8]), (291, &[0, 0xfb, 0xff, 0][..]));
+        let head = r#"{"resource":"2b6f3f0e-7a53-4d0b-9a4f-2f1f5d1f9a10","domain":"git.example.net","#;
+        let ips = r#""proxy_ips":["100.96.0.1","100.96.0.2","100.96.0.3","100.96.0.4","fd00:2021:1111:8000::","fd00:2021:1111:8000::1","fd00:2021:1111:8000::2","fd00:2021:1111:8000::3"]}"#;
+        assert_eq!(std::str::from_utf8(&packet[48..]).unwrap(), format!("{head}{ips}"));
+        assert_eq!(meaning(&packet), Meaning::Control);
+
+        let json = format!(r#"{head}"status":"Active"}}"#);
+        let mut answer = [&GOODBYE[..], json.as_bytes()].concat();
+        answer[40] = 1;
+        let expect = DomainStatus { resource, domain: "git.example.net".into(), status: "Active".into() };
+        assert_eq!(meaning(&answer), Meaning::DomainStatus(expect));
+        assert_eq!(meaning(&answer[..100]), Meaning::Control, "cut");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{Client, REQUEST_PAUSE, WAITING_LIMIT};
 use crate::standins::client::config::Event;
-use crate::standins::client::inner::{self, Meaning};
+use crate::standins::client::inner::{self, DomainStatus, Meaning};
 use crate::standins::client::tun::{HEADROOM, Inside, Tun};
 use crate::standins::client::turn::Received;
 use crate::standins::client::udp::{Datagram, Inbox, Skimmed};
@@ -139,6 +139,9 @@ impl Client {
             Meaning::Goodbye => {
                 (self.emit)(Event::Goodbye { gateway });
                 self.close(gateway, "goodbye");
+            }
+            Meaning::DomainStatus(DomainStatus { resource, domain, status }) => {
+                (self.emit)(Event::DomainStatus { resource, domain, status });
             }
             Meaning::Control => {}
         }
