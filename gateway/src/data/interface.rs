@@ -13,7 +13,10 @@
 //! serve the Internet resource of *clients*. A gateway routes nothing but the tunnel ranges into its device, which
 //! no directly connected network may overlap, so there is nothing that those tables could decide here.
 
-use std::net::IpAddr;
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail};
 use futures_util::TryStreamExt as _;
@@ -23,7 +26,7 @@ use rtnetlink::{
     packet_core::ErrorMessage,
     packet_route::{
         AddressFamily,
-        address::{AddressAttribute, AddressMessage},
+        address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
         link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute},
         route::{RouteMessage, RouteProtocol, RouteScope},
         rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage},
@@ -34,6 +37,11 @@ use rtnetlink::{
 const TABLE: u32 = 0x2021_fd00;
 /// The rules' place; the kernel's own start at 32766, `local` is at 0.
 const PRIORITY: u32 = 100;
+
+/// How long an address may be tentative.
+const SETTLE: Duration = Duration::from_secs(5);
+/// How often it is looked at.
+const SETTLE_LOOK: Duration = Duration::from_millis(10);
 
 /// Which families the TUN device has an address of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,6 +116,9 @@ impl Interface {
                 bail!("{name} takes neither address: IPv4: {}; IPv6: {}", reason(&v4), reason(&v6))
             }
         };
+        if families != Families::V4Only {
+            self.settled(index).await;
+        }
         if families != Families::V6Only {
             self.route_v4(index).await;
             self.add_rule(AddressFamily::Inet).await;
@@ -170,6 +181,23 @@ impl Interface {
             Err(e) if is(&e, &[libc::EEXIST]) => Ok(()),
             other => other,
         }
+    }
+
+    /// Waits until every address can be bound. The kernel has nothing to detect duplicates of on a TUN device, but says so in
+    /// its own time, seconds on a machine where many devices come and go (RFC 4862 section 5.4 calls it tentative).
+    async fn settled(&self, index: u32) {
+        let tentative =
+            |address: &AddressMessage| address.header.flags.contains(AddressHeaderFlags::Tentative);
+        let deadline = Instant::now() + SETTLE;
+        while Instant::now() < deadline {
+            // Whoever binds is told what is wrong.
+            let Ok(present) = self.addresses(index).await else { return };
+            if !present.iter().any(tentative) {
+                return;
+            }
+            tokio::time::sleep(SETTLE_LOOK).await;
+        }
+        tracing::info!("{} still checks its IPv6 address for duplicates after {SETTLE:?}", self.name);
     }
 
     async fn route_v4(&self, index: u32) {

@@ -1,6 +1,9 @@
 //! The TUN device, its addresses, routes and rules.
 
-use std::time::Duration;
+use std::{
+    net::UdpSocket,
+    time::{Duration, Instant},
+};
 
 use futures_util::TryStreamExt as _;
 use gateway_proto::addr::TunnelAddrs;
@@ -65,6 +68,25 @@ fn machine_without_ipv6_is_v4_only() {
         assert_eq!(ip("-6 rule show priority 100"), "");
         let gone = Interface::new("no-such-tun").unwrap().configure(addrs(1)).await.unwrap_err();
         assert_eq!(gone.to_string(), "The TUN device no-such-tun is gone");
+    });
+}
+
+#[test]
+fn addresses_can_be_bound_once_they_are_configured() {
+    in_netns(async {
+        // A device that detects duplicates, for a second or so: the kernel's work for a TUN device can take as long.
+        ip(&format!("link add {TUN_NAME} type veth peer name other"));
+        ip("link set dev other up");
+        let setting = |name: &str| format!("/proc/sys/net/ipv6/conf/{TUN_NAME}/{name}");
+        std::fs::write(setting("accept_dad"), "1").unwrap();
+        std::fs::write(setting("dad_transmits"), "1").unwrap();
+        let mut interface = Interface::new(TUN_NAME).unwrap();
+        let began = Instant::now();
+        assert_eq!(interface.configure(addrs(1)).await.unwrap(), Families::Dual);
+        assert!(began.elapsed() > Duration::from_millis(300), "it was not tentative: this shows nothing");
+        UdpSocket::bind((addrs(1).v6, 0)).unwrap();
+        UdpSocket::bind((addrs(1).v4, 0)).unwrap();
+        interface.remove().await;
     });
 }
 
