@@ -174,7 +174,8 @@ const NOTES: &[&str] = &[
     "Cost: CPU time of the gateway's threads, of the NAPI threads of both its interfaces and of its core's ksoftirqd, by \
      the scheduler's clock. Gateway and NAPI threads have core 1; client, relay, routers, LAN host and iperf3 have core \
      0, which is what limits the throughput. All of them run at niceness -20. A run in which more than 5 % of core 1's \
-     busy time is nobody's is repeated, and marked void if that does not help.",
+     busy time and 2 % of its time are nobody's is repeated, and marked void if that does not help; what goes into idling \
+     and coming back is, about 1 %.",
     "A packet is an inner packet that arrived: a UDP datagram of 1200 bytes, or 1228 bytes of TCP payload (one MTU); TCP's \
      acknowledgements cost, and are not counted.",
     "Offloads on: UDP super-packets cross the links whole; TCP towards the gateway comes in single frames that its GRO \
