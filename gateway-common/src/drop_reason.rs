@@ -98,6 +98,10 @@ drop_reasons! {
     PrivateDestination => "private_destination",
     /// A DNS resource's proxy address without a translation; answered with ICMP unreachable.
     NoTranslation => "no_translation",
+    /// To a DNS resource: no port is free towards its address, or the client has too many sessions.
+    NatExhausted => "nat_exhausted",
+    /// An inner packet with a source route, which may lead past the rules, or with IPv4 options that do not add up.
+    SourceRouted => "source_routed",
     /// A control packet inside the tunnel that does not parse.
     MalformedControl => "malformed_control",
     /// A client says more about names than its budget allows.
@@ -112,8 +116,13 @@ drop_reasons! {
     TunnelSource => "tunnel_source",
     /// From the TUN, from a source no resource of the client names.
     InboundNotAllowed => "inbound_not_allowed",
-    /// From the TUN, of a protocol or ICMP type that cannot be matched to a client's traffic.
+    /// From the TUN, of an ICMP type that cannot be matched to a client's traffic; or to a DNS resource, of a protocol that
+    /// cannot be translated.
     UnsupportedProtocol => "unsupported_protocol",
+    /// From the TUN, for a session of a DNS resource that has ended.
+    NatExpired => "expired_nat_session",
+    /// From the TUN, an ICMP error that does not say which packet it is about.
+    MalformedIcmpError => "malformed_icmp_error",
     /// The client has no connection.
     NotConnected => "not_connected",
     /// The client's connection has no path yet.

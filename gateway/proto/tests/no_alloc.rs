@@ -7,7 +7,7 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,6 +18,7 @@ use gateway_proto::{
     ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Passed, ResourceId, Route, Sink, WorkerId,
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Home, Path},
+    names::{Domain, DomainName, Names},
     portal::messages::{Filter, Resource, ResourceKind},
     worker::{
         Config, Moved, Worker, inner,
@@ -108,8 +109,37 @@ fn packets_on_their_way_between_workers_allocate_nothing() {
 }
 
 #[test]
-#[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
 fn packets_of_a_translated_session_allocate_nothing() {
+    for relayed in [false, true] {
+        let mut setup = Setup::new(relayed);
+        let (client, real) = ("100.64.2.1", "172.20.0.100");
+        // The second name shares the address of the first: its session has another port outside.
+        let outbound =
+            [udp(client, "100.96.0.1", 53), udp(client, "100.96.0.2", 53), udp(client, "100.96.0.3", 53)];
+        let mut second = udp(real, client, 53);
+        second[23] = 54;
+        let inbound = [udp(real, client, 53), second, udp(real, client, 55)];
+        let datagrams: Vec<Vec<u8>> = (0..ROUNDS).map(|n| setup.seal(&outbound[n % 3])).collect();
+        let mut packets: Vec<Vec<u8>> = (0..ROUNDS).map(|n| inbound[n % 3].clone()).collect();
+        setup.run(&datagrams[..12], &mut packets[..12]);
+        let before = ALLOCATIONS.get();
+        setup.run(&datagrams[12..], &mut packets[12..]);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}");
+        let pass = (ROUNDS as u64 * 2).div_ceil(3);
+        assert_eq!(setup.sink.packets, pass);
+        let counters = setup.worker.counters();
+        assert_eq!(
+            counters.get(DropReason::NoTranslation) + counters.get(DropReason::IcmpBudget),
+            ROUNDS as u64 - pass
+        );
+        assert_eq!(counters.get(DropReason::InboundNotAllowed), ROUNDS as u64 - pass);
+        assert_eq!(setup.sink.datagrams, pass + setup.worker.traffic().denials);
+    }
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
+fn looking_at_a_session_in_time_allocates_nothing() {
     let (client, proxy, real) = ("100.64.2.1", "100.96.0.1", "10.0.3.9");
     let start = Instant::now();
     let mut nat = Nat::new(1, Limits::default(), start);
@@ -265,6 +295,7 @@ fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
         Path::Direct { local: local(), remote: remote() }
     };
     // Enough resources for the hashed table.
+    let dns = ResourceKind::Dns { name: String::new(), pattern: "**".to_owned(), filters: vec![] };
     let resources: Vec<Resource> = (0..40)
         .map(|n| Resource {
             id: ResourceId(Uuid::from_u128(n)),
@@ -274,11 +305,12 @@ fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
                 filters: vec![Filter::Udp { first: 53, last: 53 }],
             },
         })
+        .chain([Resource { id: dns_resource(), kind: dns }])
         .collect();
     let tunnel =
         TunnelAddrs { v4: "100.64.2.1".parse().unwrap(), v6: "fd00:2021:1111::2:1".parse().unwrap() };
     let connection = Connection::Present(Arc::new(keys), Some(path));
-    let state = ClientState::new(tunnel, connection, resources.into());
+    let state = ClientState { names: names(), ..ClientState::new(tunnel, connection, resources.into()) };
     for command in [
         Command::Relays([server()].into()),
         Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },
@@ -291,6 +323,24 @@ fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
         worker.handle_command(command, now, &mut FixedSink::new());
     }
     worker
+}
+
+fn dns_resource() -> ResourceId {
+    ResourceId(Uuid::from_u128(77))
+}
+
+/// Two names on one address, and one without.
+fn names() -> Arc<Names> {
+    let real = |text: &str| Some(text.parse().unwrap());
+    let domains = [("a", 1, real("172.20.0.100")), ("b", 2, real("172.20.0.100")), ("c", 3, None)];
+    let domains = domains.map(|(name, n, real)| {
+        Arc::new(Domain {
+            name: DomainName::parse(name).unwrap(),
+            resources: [dns_resource()].into(),
+            proxies: [(IpAddr::from([100, 96, 0, n]), real)].into(),
+        })
+    });
+    Arc::new(Names { domains: domains.into(), ..Names::default() })
 }
 
 fn local() -> SocketAddr {

@@ -87,6 +87,48 @@ pub fn view(packet: &[u8]) -> Result<Inner, DropReason> {
     Ok(Inner { src: header.src, dst: header.dst, transport, transport_at: header.transport_at })
 }
 
+/// Does the packet want to go somewhere else than to its destination (RFC 791 section 3.1, loose and strict source route;
+/// RFC 8200 section 4.4, segments left)? The rules look at the destination only.
+#[inline]
+pub fn is_source_routed(packet: &[u8], inner: &Inner) -> bool {
+    let plain = if inner.src.is_ipv4() { 20 } else { 40 };
+    inner.transport_at != plain && has_route(&packet[..inner.transport_at])
+}
+
+/// Looks through the options or extension headers of a valid packet, whose headers are `headers`.
+#[cold]
+fn has_route(headers: &[u8]) -> bool {
+    if headers[0] >> 4 == 4 {
+        let mut at = 20;
+        while let Some(kind) = headers.get(at) {
+            match (kind, headers.get(at + 1)) {
+                // End of the list, no operation.
+                (0, _) => return false,
+                (1, _) => at += 1,
+                // Loose and strict source route, whatever their pointer says.
+                (131 | 137, _) => return true,
+                (_, Some(len @ 2..)) => at += usize::from(*len),
+                // What the kernel makes of this is not worth knowing.
+                _ => return true,
+            }
+        }
+        return false;
+    }
+    let (mut next, mut at) = (headers[6], 40);
+    while let [following, units, _, left, ..] = headers[at..] {
+        if next == 43 && left > 0 {
+            return true;
+        }
+        at += match next {
+            51 => (usize::from(units) + 2) * 4,
+            44 => 8,
+            _ => (usize::from(units) + 1) * 8,
+        };
+        next = following;
+    }
+    false
+}
+
 /// The packet an ICMP error is about, cut short or not (packets.md section 5.5 step 1).
 ///
 /// `None` unless `inner` is an [`Transport::IcmpError`] whose body holds an IP header of the same family and the

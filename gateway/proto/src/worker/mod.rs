@@ -5,12 +5,12 @@
 //! not know a header layout, a WireGuard message or a rule.
 //!
 //! ```text
-//! outbound   datagram -> demux -> wg (open) -> outbound (decide) -> ecn (merge) -> Sink: packet to the TUN
+//! outbound   datagram -> demux -> wg (open) -> outbound (decide) -> nat -> ecn (merge) -> Sink: packet to the TUN
 //!                          |  \                   \-> icmp (deny) -> send (seal) -> Sink: datagram
 //!                          |   \-> handshake (admit) -> wg -> send (message)
 //!                          \-> events: STUN to control
-//! inbound    packet from the TUN -> inbound (decide) -> send (seal: wg, ecn) -> Sink: datagram
-//! time       wheel -> wg (tick) -> send (message)
+//! inbound    packet from the TUN -> inbound (nat, decide) -> send (seal: wg, ecn) -> Sink: datagram
+//! time       wheel -> nat (end sessions), wg (tick) -> send (message)
 //! ```
 //!
 //! A packet of another worker's client leaves its walk where that is found out, see `handover.rs`; how clients come and
@@ -29,6 +29,7 @@ mod icmp;
 mod inbound;
 pub mod inner;
 mod moving;
+mod names;
 pub mod nat;
 mod outbound;
 mod peer;
@@ -313,31 +314,25 @@ impl Worker {
         tell_activity(peer, index, &mut self.events, now);
 
         match outbound::decide(peer, packet, self.own) {
-            Verdict::ToTun => {
-                ecn::merge(arrival.datagram.ecn, packet);
-                let len = packet.len();
-                sink.commit_packet(len);
-                let relayed = arrival.via().is_some();
-                let volume = if relayed {
-                    &mut self.traffic.outbound_relayed
-                } else {
-                    &mut self.traffic.outbound_direct
-                };
-                volume.add(len);
-                Ok(())
-            }
-            Verdict::Control(control) => {
-                self.handle_control(slot, control, packet, now)?;
-                Ok(())
-            }
-            Verdict::Drop(reason) => Err(reason.into()),
+            Verdict::ToTun => {}
+            Verdict::Translate(real, mut inner) => peer.translate(packet, &mut inner, real, now)?,
+            Verdict::Control(control) => return Ok(self.handle_control(slot, control, packet, now)?),
+            Verdict::Drop(reason) => return Err(reason.into()),
             Verdict::Deny(denial, reason, inner) => {
                 let mut reply = [0; MAX_INNER];
                 let len = icmp::deny(denial, packet, &inner, &mut reply);
                 self.deny(slot, &reply[..len], now, sink)?;
-                Err(reason.into())
+                return Err(reason.into());
             }
         }
+        ecn::merge(arrival.datagram.ecn, packet);
+        let len = packet.len();
+        sink.commit_packet(len);
+        let relayed = arrival.via().is_some();
+        let volume =
+            if relayed { &mut self.traffic.outbound_relayed } else { &mut self.traffic.outbound_direct };
+        volume.add(len);
+        Ok(())
     }
 
     /// What the client hears is best effort; that it hears no more is [`DropReason::IcmpBudget`].
@@ -525,7 +520,7 @@ impl Worker {
 
     #[inline(never)]
     fn handle_packet(&mut self, packet: &mut [u8], now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
-        let peer = inbound::decide(&mut self.peers, packet, self.own)?;
+        let peer = inbound::decide(&mut self.peers, packet, self.own, now)?;
         let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
         let index = link.index;
         let relayed = send::seal(link, packet, &mut self.demux, now, sink)?;
@@ -538,20 +533,26 @@ impl Worker {
 
     // Time and commands.
 
-    /// WireGuard's timers of one client, and when they are looked at next.
+    /// WireGuard's timers and the sessions of one client, and when they are looked at next.
     fn run_timers(&mut self, slot: Slot, now: Instant, sink: &mut impl Sink) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
-        let Some(link) = peer.link.as_deref_mut() else { return };
-        let mut out = [0; HANDSHAKE_MAX];
-        match link.wg.tick(&mut out, now) {
-            Act::Nothing => {}
-            Act::Send(len) => send::message(link, &out[..len], &mut self.demux, now, sink),
-            Act::Expired => {
-                self.events.push(WorkerEvent::Expired { id: peer.id, index: link.index });
+        let mut ticks = if peer.end_sessions(now) { 1 } else { CALM };
+        if let Some(link) = peer.link.as_deref_mut() {
+            let mut out = [0; HANDSHAKE_MAX];
+            match link.wg.tick(&mut out, now) {
+                Act::Nothing => {}
+                Act::Send(len) => send::message(link, &out[..len], &mut self.demux, now, sink),
+                Act::Expired => {
+                    self.events.push(WorkerEvent::Expired { id: peer.id, index: link.index });
+                }
+            }
+            if link.wg.is_handshaking() {
+                ticks = 1;
             }
         }
-        let ticks = if link.wg.is_handshaking() { 1 } else { CALM };
-        peer.due = self.wheel.schedule(slot, ticks, now);
+        if peer.is_timed() {
+            peer.due = self.wheel.schedule(slot, ticks, now);
+        }
     }
 
     /// A client's path may have changed: what waited for one leaves.

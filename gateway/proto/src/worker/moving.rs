@@ -157,14 +157,16 @@ impl Worker {
                 let apply = |entry: &mut Entry| match entry {
                     Entry::Here(peer) => {
                         peer.order = order;
-                        peer.apply(state, &self.gate)
+                        peer.apply(state, &self.gate, now)
                     }
                     Entry::There(_) => false,
                 };
                 (slot, self.peers.update(slot, apply).unwrap_or_default())
             }
             None => {
-                let peer = Box::new(Peer::new(id, order, state, &self.gate));
+                // Random as all of the worker's numbers, and no other client's.
+                let seed = self.spread ^ id.0.as_u64_pair().1;
+                let peer = Box::new(Peer::new(id, order, state, &self.gate, seed));
                 (self.peers.put(Entry::Here(peer)).0, true)
             }
         };
@@ -216,7 +218,7 @@ impl Worker {
 
     fn schedule(&mut self, slot: Slot, ticks: u64, now: Instant) {
         if let Some(peer) = self.peers.get_mut(slot)
-            && peer.link.is_some()
+            && peer.is_timed()
         {
             peer.due = self.wheel.schedule(slot, ticks, now);
         }

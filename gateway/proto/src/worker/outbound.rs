@@ -1,5 +1,7 @@
 //! The middle of the outbound walk: what becomes of a packet that a client sent (packets.md section 3, steps 1 to
-//! 10, in that order). Knows the client and our own addresses; no session, no sink.
+//! 10, in that order; translating is the spine's). Knows the client and our own addresses; no session, no sink.
+
+use std::net::IpAddr;
 
 use gateway_common::DropReason;
 
@@ -17,6 +19,8 @@ use crate::addr::{self, TUNNEL_DNS_PORT, TunnelAddrs};
 pub enum Verdict {
     /// To the TUN device, as it is.
     ToTun,
+    /// To the TUN device, translated: to the address behind the proxy address.
+    Translate(IpAddr, Inner),
     /// Ours.
     Control(Control),
     /// Gone, silently.
@@ -51,6 +55,9 @@ pub fn decide(peer: &mut Peer, packet: &[u8], own: Own) -> Verdict {
         return Verdict::Drop(DropReason::OutboundIcmpError);
     }
     let denied = |denial, reason| deny(denial, reason, inner);
+    if inner::is_source_routed(packet, &inner) {
+        return Verdict::Drop(DropReason::SourceRouted);
+    }
     if !peer.tunnel.contains(inner.src) {
         return denied(Denial::Prohibited, DropReason::ForeignSource);
     }
@@ -67,13 +74,19 @@ pub fn decide(peer: &mut Peer, packet: &[u8], own: Own) -> Verdict {
     if addr::is_tunnel(inner.dst) {
         return denied(Denial::Prohibited, DropReason::TunnelDestination);
     }
-    let decision = peer.policy.decide(inner.dst, Class::of_destination(inner.transport));
-    // Proxy addresses never leave the gateway untranslated. While some DNS resource is authorised, "prohibited"
-    // would make the client ask for an authorisation it has.
-    if addr::is_resource_proxy(inner.dst) && (decision != Decision::Denied || peer.policy.has_dns()) {
-        return denied(Denial::Unreachable, DropReason::NoTranslation);
+    let class = Class::of_destination(inner.transport);
+    if addr::is_resource_proxy(inner.dst) {
+        // A proxy address that nobody assigned is prohibited like one whose resource is revoked: the client then asks
+        // for an authorisation, and that is how it finds its names again after a restart of ours.
+        return match peer.decide_proxy(inner.dst, class) {
+            Decision::Permitted(_) => match peer.proxies.get(inner.dst).and_then(|proxy| proxy.real) {
+                Some(real) => Verdict::Translate(real, inner),
+                None => denied(Denial::Unreachable, DropReason::NoTranslation),
+            },
+            Decision::Denied | Decision::Private => denied(Denial::Prohibited, DropReason::NotAllowed),
+        };
     }
-    match decision {
+    match peer.policy.decide(inner.dst, class) {
         Decision::Permitted(_) => Verdict::ToTun,
         Decision::Denied => denied(Denial::Prohibited, DropReason::NotAllowed),
         Decision::Private => denied(Denial::Unreachable, DropReason::PrivateDestination),

@@ -2,15 +2,20 @@
 
 use std::{
     collections::VecDeque,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use gateway_common::DropReason;
+
 use super::{
     bucket::{Bucket, Rate},
     handshake::Gate,
-    policy::Policy,
+    inner::Inner,
+    names::ProxyTable,
+    nat::{Limits, Nat, NatRefusal},
+    policy::{Class, Decision, Policy},
     wg::Wg,
     wheel::Tick,
 };
@@ -34,7 +39,13 @@ pub struct Peer {
     pub policy: Policy,
     /// What `policy` was compiled from.
     resources: Arc<[Resource]>,
-    /// The names it has assigned addresses to, and the answers about them.
+    /// The proxy addresses it has assigned to names.
+    pub proxies: ProxyTable,
+    /// Translates what goes there; made for the first packet.
+    pub nat: Option<Box<Nat>>,
+    /// A random number of its own.
+    seed: u64,
+    /// What `proxies` was made from, and the answers about it.
     names: Arc<Names>,
     /// The serial of the last answer that was sent, or was not for this worker to send.
     told: u64,
@@ -75,14 +86,19 @@ const CONTROL: Rate = Rate { per_second: 20, burst: 100 };
 const ACTIVITY: Duration = Duration::from_secs(5);
 
 impl Peer {
-    /// A client that control has just told of.
-    pub fn new(id: ClientId, order: u64, state: &ClientState, gate: &Gate) -> Self {
+    /// A client that control has just told of. `seed` is random and this client's own.
+    pub fn new(id: ClientId, order: u64, state: &ClientState, gate: &Gate, seed: u64) -> Self {
+        let mut proxies = ProxyTable::new(seed);
+        proxies.update(&state.names.domains);
         let mut peer = Self {
             id,
             order,
             tunnel: state.tunnel,
             policy: Policy::new(&state.resources),
             resources: Arc::clone(&state.resources),
+            proxies,
+            nat: None,
+            seed,
             names: Arc::clone(&state.names),
             // These are answers to questions of an earlier life of the client.
             told: state.names.answers.last().map_or(0, |answer| answer.serial),
@@ -99,12 +115,21 @@ impl Peer {
     }
 
     /// Becomes what control says. True if it has a new connection, whose timers are to run.
-    pub fn apply(&mut self, state: &ClientState, gate: &Gate) -> bool {
-        self.tunnel = state.tunnel;
+    pub fn apply(&mut self, state: &ClientState, gate: &Gate, now: Instant) -> bool {
+        if self.tunnel != state.tunnel {
+            self.tunnel = state.tunnel;
+            // Answers to what it sent from its former address are not for whoever has that now.
+            if let Some(nat) = &mut self.nat {
+                nat.clear();
+            }
+        }
         self.heard_from = Arc::clone(&state.heard_from);
         if !Arc::ptr_eq(&self.resources, &state.resources) {
             self.policy.replace(&state.resources);
             self.resources = Arc::clone(&state.resources);
+        }
+        if !self.proxies.is(&state.names.domains) {
+            self.rename(state, now);
         }
         self.names = Arc::clone(&state.names);
         self.connect(&state.connection, gate)
@@ -117,6 +142,62 @@ impl Peer {
         let new = &answers[answers.partition_point(|answer| answer.serial <= self.told)..];
         self.told = new.last()?.serial;
         Some((new, self.link.as_deref_mut()?))
+    }
+
+    /// An address that is another name's now must not lead to the former one's sessions. All others stay, whatever
+    /// stands behind their proxy addresses by now.
+    fn rename(&mut self, state: &ClientState, now: Instant) {
+        let moved = self.proxies.update(&state.names.domains);
+        if let Some(nat) = self.nat.as_mut().filter(|_| !moved.is_empty()) {
+            nat.forget(&moved, now);
+        }
+        self.policy.on_names_changed();
+    }
+
+    /// May traffic of this class pass between the client and the proxy address `ip`?
+    #[inline]
+    pub fn decide_proxy(&mut self, ip: IpAddr, class: Class) -> Decision {
+        let resources = self.proxies.get(ip).map_or(&[][..], |proxy| &proxy.domain.resources);
+        self.policy.decide_proxy(ip, resources, class)
+    }
+
+    /// Translates a packet to a proxy address, behind which stands `real`. An error leaves it as it is.
+    #[inline]
+    pub fn translate(
+        &mut self,
+        packet: &mut [u8],
+        view: &mut Inner,
+        real: IpAddr,
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let nat = match &mut self.nat {
+            Some(nat) => nat,
+            none => none.insert(new_nat(self.seed, now)),
+        };
+        match nat.outbound(packet, view, real, now) {
+            Ok(_) => Ok(()),
+            Err(NatRefusal::Unsupported) => Err(DropReason::UnsupportedProtocol),
+            Err(NatRefusal::OtherFamily) => Err(DropReason::NoTranslation),
+            Err(NatRefusal::Exhausted | NatRefusal::Full) => Err(DropReason::NatExhausted),
+        }
+    }
+
+    /// Ends the sessions whose time is up; true if there is no time for all of them now.
+    pub fn end_sessions(&mut self, now: Instant) -> bool {
+        let Some(nat) = &mut self.nat else { return false };
+        let mut is_due = || {
+            nat.poll_timeout().is_some_and(|at| at <= now) && {
+                nat.handle_timeout(now);
+                true
+            }
+        };
+        // A few hundred each time.
+        (0..4).all(|_| is_due())
+    }
+
+    /// Does something of it end by time?
+    pub fn is_timed(&self) -> bool {
+        self.link.is_some() || self.nat.as_ref().is_some_and(|nat| nat.poll_timeout().is_some())
     }
 
     fn connect(&mut self, connection: &Connection, gate: &Gate) -> bool {
@@ -159,6 +240,11 @@ impl Peer {
     pub fn on_activity_told(&mut self, now: Instant) {
         self.activity = Some(now);
     }
+}
+
+#[cold]
+fn new_nat(seed: u64, now: Instant) -> Box<Nat> {
+    Box::new(Nat::new(seed, Limits::default(), now))
 }
 
 impl Link {

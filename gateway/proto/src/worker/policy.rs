@@ -23,7 +23,6 @@ use rustc_hash::FxHashMap;
 use self::{filters::Filters, memo::Memo};
 use super::inner::Transport;
 use crate::{
-    addr,
     ids::ResourceId,
     portal::messages::{Resource, ResourceKind},
 };
@@ -79,8 +78,10 @@ pub enum Decision {
 /// One client's rules.
 pub struct Policy {
     internet: Option<ResourceId>,
-    has_dns: bool,
+    /// Of CIDR resources.
     rules: Vec<Rule>,
+    /// DNS resources, ascending.
+    dns: Vec<Rule>,
     v4: Table<u32>,
     v6: Table<u128>,
     memo: Memo,
@@ -95,8 +96,8 @@ impl Policy {
     pub fn new(resources: &[Resource]) -> Self {
         let mut policy = Self {
             internet: None,
-            has_dns: false,
             rules: Vec::new(),
+            dns: Vec::new(),
             v4: Table::default(),
             v6: Table::default(),
             memo: Memo::new(),
@@ -108,8 +109,8 @@ impl Policy {
     /// Compiles `resources`, all of them; what was decided before is forgotten.
     pub fn replace(&mut self, resources: &[Resource]) {
         self.rules.clear();
+        self.dns.clear();
         self.internet = None;
-        self.has_dns = false;
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for resource in resources {
             match &resource.kind {
@@ -131,21 +132,39 @@ impl Policy {
                         }),
                     }
                 }
-                ResourceKind::Dns { .. } => self.has_dns = true,
+                ResourceKind::Dns { filters, .. } => {
+                    self.dns.push(Rule { id: resource.id, filters: Filters::new(filters) });
+                }
                 ResourceKind::Internet => self.internet = self.internet.max(Some(resource.id)),
             }
         }
         self.v4 = Table::new(v4, &self.rules);
         self.v6 = Table::new(v6, &self.rules);
+        self.dns.sort_unstable_by_key(|rule| rule.id);
         self.memo.forget();
     }
 
-    /// Is some DNS resource authorised, so that proxy addresses may mean something to the client?
-    pub fn has_dns(&self) -> bool {
-        self.has_dns
+    /// The client's names have changed: what was decided about proxy addresses is forgotten.
+    pub fn on_names_changed(&mut self) {
+        self.memo.forget();
     }
 
-    /// May traffic of this class pass between the client and `ip`?
+    /// May traffic of this class pass between the client and the proxy address `ip`, whose name belongs to `resources`
+    /// (ascending)?
+    ///
+    /// "Each proxy IP -> one /32 or /128 entry per DNS resource that the proxy IP belongs to (only if that resource is
+    /// authorised)", beside the networks; the Internet resource has no say.
+    #[inline]
+    pub fn decide_proxy(&mut self, ip: IpAddr, resources: &[ResourceId], class: Class) -> Decision {
+        if let Some(decision) = self.memo.get(ip, class) {
+            return decision;
+        }
+        let decision = self.look_up_proxy(ip, resources, class).map_or(Decision::Denied, Decision::Permitted);
+        self.memo.put(ip, class, decision);
+        decision
+    }
+
+    /// May traffic of this class pass between the client and `ip`, which is no proxy address?
     #[inline]
     pub fn decide(&mut self, ip: IpAddr, class: Class) -> Decision {
         if let Some(decision) = self.memo.get(ip, class) {
@@ -157,19 +176,54 @@ impl Policy {
     }
 
     fn look_up(&self, ip: IpAddr, class: Class) -> Decision {
-        match self.internet {
-            // Section 4.4: "CIDR resources of the same client are not consulted any more", and no filter applies.
-            Some(_) if !addr::is_resource_proxy(ip) && is_private(ip) => Decision::Private,
-            Some(id) if !addr::is_resource_proxy(ip) => Decision::Permitted(id),
-            _ => {
-                let found = match ip {
-                    IpAddr::V4(ip) => self.v4.find(ip.to_bits(), &self.rules, class),
-                    IpAddr::V6(ip) => self.v6.find(ip.to_bits(), &self.rules, class),
-                };
-                found.map_or(Decision::Denied, |rule| Decision::Permitted(rule.id))
-            }
+        match (self.network(ip, class), self.internet) {
+            (Some(found), _) => Decision::Permitted(found.id),
+            (None, Some(id)) if !is_private(ip) => Decision::Permitted(id),
+            // Section 4.4 without its first half: a network that is authorised besides is reached, and one that does not
+            // permit this packet is prohibited, not unreachable.
+            (None, Some(_)) if !self.is_covered(ip) => Decision::Private,
+            (None, _) => Decision::Denied,
         }
     }
+
+    fn look_up_proxy(&self, ip: IpAddr, resources: &[ResourceId], class: Class) -> Option<ResourceId> {
+        let authorised =
+            |id: &ResourceId| self.dns.binary_search_by_key(id, |rule| rule.id).ok().map(|at| &self.dns[at]);
+        let by_name = resources.iter().rev().filter_map(authorised).find(|rule| rule.filters.permit(class));
+        match (by_name, self.network(ip, class)) {
+            // As specific as an entry of a proxy.
+            (Some(name), Some(net)) if net.is_host => Some(name.id.max(net.id)),
+            (Some(name), _) => Some(name.id),
+            (None, net) => net.map(|net| net.id),
+        }
+    }
+
+    /// The network that permits it.
+    fn network(&self, ip: IpAddr, class: Class) -> Option<Found> {
+        match ip {
+            IpAddr::V4(ip) => self.v4.find(ip.to_bits(), |rule| self.rules[rule].filters.permit(class)),
+            IpAddr::V6(ip) => self.v6.find(ip.to_bits(), |rule| self.rules[rule].filters.permit(class)),
+        }
+        .map(|(rule, prefix)| Found {
+            id: self.rules[rule].id,
+            is_host: prefix == if ip.is_ipv4() { 32 } else { 128 },
+        })
+    }
+
+    /// Is it in some network, whatever that permits?
+    fn is_covered(&self, ip: IpAddr) -> bool {
+        match ip {
+            IpAddr::V4(ip) => self.v4.find(ip.to_bits(), |_| true).is_some(),
+            IpAddr::V6(ip) => self.v6.find(ip.to_bits(), |_| true).is_some(),
+        }
+    }
+}
+
+/// A network that permits a packet.
+struct Found {
+    id: ResourceId,
+    /// It is one address.
+    is_host: bool,
 }
 
 /// What the Internet resource does not reach (section 4.4).
@@ -240,20 +294,21 @@ impl<A: Copy + Ord + Hash + BitAnd<Output = A>> Table<A> {
         table
     }
 
-    fn find<'r>(&self, ip: A, rules: &'r [Rule], class: Class) -> Option<&'r Rule> {
-        let permitting = |entries: &[Entry<A>]| {
+    /// The first entry around `ip` whose rule is accepted: the rule's number and the length of the prefix.
+    fn find(&self, ip: A, accept: impl Fn(usize) -> bool) -> Option<(usize, u8)> {
+        let first = |entries: &[Entry<A>]| {
             entries
                 .iter()
                 .filter(|e| ip & e.mask == e.network)
-                .map(|e| &rules[e.rule as usize])
-                .find(|rule| rule.filters.permit(class))
+                .map(|e| (e.rule as usize, e.prefix))
+                .find(|(rule, _)| accept(*rule))
         };
         if self.lengths.is_empty() {
-            return permitting(&self.entries);
+            return first(&self.entries);
         }
         self.lengths
             .iter()
             .filter_map(|mask| self.index.get(&(*mask, ip & *mask)))
-            .find_map(|range| permitting(&self.entries[range.start as usize..range.end as usize]))
+            .find_map(|range| first(&self.entries[range.start as usize..range.end as usize]))
     }
 }

@@ -8,6 +8,7 @@ mod garbage;
 mod handovers;
 mod model;
 mod moves;
+mod names;
 mod network;
 mod sessions;
 #[cfg(feature = "mock-instant")]

@@ -172,7 +172,7 @@ fn halves(bits: u128) -> [u64; 2] {
 /// is small share a bucket under every seed. Here the multiplier itself is secret, and both halves of the product
 /// count.
 #[derive(Clone)]
-pub(super) struct Secret {
+pub(in crate::worker) struct Secret {
     start: u64,
     multiplier: u64,
 }
@@ -202,7 +202,7 @@ impl BuildHasher for Secret {
 }
 
 /// See [`Secret`].
-pub(super) struct Mixed {
+pub(in crate::worker) struct Mixed {
     state: u64,
     multiplier: u64,
 }

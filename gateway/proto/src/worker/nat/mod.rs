@@ -22,7 +22,7 @@ mod key;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
-mod packets;
+pub(super) mod packets;
 mod ports;
 mod rewrite;
 mod table;
@@ -31,6 +31,7 @@ mod tests;
 
 use std::{net::IpAddr, time::Instant};
 
+pub(super) use self::key::Secret;
 pub use self::{
     expired::EXPIRED_FOR,
     key::{Inside, Kind, Outside},
@@ -182,7 +183,13 @@ impl Nat {
         self.table.poll_timeout()
     }
 
-    /// Forgets all sessions, the ended ones too: a proxy address was given to another name (packets.md section 5.1).
+    /// Ends the sessions of `proxies` (ascending): these were given to another name (packets.md section 5.1). Looks at
+    /// every session, once.
+    pub fn forget(&mut self, proxies: &[IpAddr], now: Instant) {
+        self.table.forget(proxies, now);
+    }
+
+    /// Forgets all sessions, the ended ones too: the client is another.
     pub fn clear(&mut self) {
         self.table.clear();
     }

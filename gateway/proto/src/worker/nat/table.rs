@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     ops::RangeInclusive,
     time::{Duration, Instant},
 };
@@ -300,6 +301,16 @@ impl Table {
             return Some(self.wheel.present());
         }
         self.wheel.poll_timeout().into_iter().chain(self.expired.poll_timeout()).min()
+    }
+
+    /// Ends the sessions of some proxy addresses, ascending.
+    pub fn forget(&mut self, proxies: &[IpAddr], now: Instant) {
+        let of_these = |inside: &Inside| proxies.binary_search(&inside.proxy()).is_ok();
+        let slots: Vec<Slot> =
+            self.by_inside.iter().filter(|(inside, _)| of_these(inside)).map(|(_, slot)| *slot).collect();
+        for slot in slots {
+            self.end(slot, now);
+        }
     }
 
     /// Forgets everything, ended sessions too.

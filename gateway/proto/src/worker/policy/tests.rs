@@ -133,9 +133,9 @@ fn many_resources_decide_like_few() {
 }
 
 #[test]
-fn the_internet_resource_masks_networks_and_refuses_private_addresses() {
+fn the_internet_resource_takes_what_no_network_permits_and_refuses_private_addresses() {
     let internet = Resource { id: resource_id(9), kind: ResourceKind::Internet };
-    let resources = [cidr(1, "10.0.0.0/8", &[]), cidr(2, "100.96.0.0/11", &[]), internet];
+    let resources = [cidr(1, "10.1.0.0/16", &[tcp(80, 80)]), cidr(2, "8.8.8.0/24", &[tcp(80, 80)]), internet];
     let private = [
         "10.0.0.1",
         "172.16.0.1",
@@ -155,9 +155,69 @@ fn the_internet_resource_masks_networks_and_refuses_private_addresses() {
     ];
     let private = private.map(|ip| (ip, Class::Tcp(80), Decision::Private));
     check(&resources, &private);
-    let public = ["8.8.8.8", "172.32.0.1", "100.128.0.1", "2001:db8::1", "0.0.0.1"];
+    let public = ["8.8.9.1", "172.32.0.1", "100.128.0.1", "2001:db8::1", "0.0.0.1"];
     check(&resources, &public.map(|ip| (ip, Class::Other, permitted(9))));
-    check(&resources, &[("100.96.0.1", Class::Icmp, permitted(2))]);
+    let networks = [
+        ("10.1.0.1", Class::Tcp(80), permitted(1)),
+        ("10.1.0.1", Class::Tcp(81), Decision::Denied),
+        ("8.8.8.8", Class::Tcp(80), permitted(2)),
+        ("8.8.8.8", Class::Tcp(81), permitted(9)),
+    ];
+    check(&resources, &networks);
+}
+
+#[test]
+fn a_proxy_address_is_an_entry_of_every_authorised_resource_of_its_name() {
+    let filtered = |n, filters: &[Filter]| {
+        let (name, pattern) = (String::new(), "*.example.net".to_owned());
+        Resource { id: resource_id(n), kind: ResourceKind::Dns { name, pattern, filters: filters.to_vec() } }
+    };
+    let resources = [
+        filtered(7, &[Filter::Icmp, tcp(22, 22)]),
+        filtered(3, &[tcp(80, 80), tcp(22, 22)]),
+        cidr(5, "100.96.0.1/32", &[tcp(22, 22), tcp(443, 443)]),
+        cidr(8, "100.96.0.2/32", &[tcp(22, 22)]),
+        cidr(9, "100.96.0.0/16", &[tcp(22, 22), tcp(53, 53)]),
+        Resource { id: resource_id(99), kind: ResourceKind::Internet },
+    ];
+    let table: [(&str, &[u128], Class, Decision); 13] = [
+        ("100.96.0.1", &[3], Class::Tcp(80), permitted(3)),
+        ("100.96.0.1", &[3], Class::Icmp, Decision::Denied),
+        ("100.96.0.1", &[3, 7], Class::Icmp, permitted(7)),
+        ("100.96.0.1", &[3, 7], Class::Tcp(80), permitted(3)),
+        // The larger id; a network of one address counts as much, a wider one less.
+        ("100.96.0.1", &[3, 7], Class::Tcp(22), permitted(7)),
+        ("100.96.0.1", &[3], Class::Tcp(22), permitted(5)),
+        ("100.96.0.2", &[3, 7], Class::Tcp(22), permitted(8)),
+        ("100.96.0.3", &[3, 7], Class::Tcp(22), permitted(7)),
+        ("100.96.0.1", &[3, 7], Class::Tcp(443), permitted(5)),
+        ("100.96.0.1", &[3, 7], Class::Tcp(53), permitted(9)),
+        ("100.96.0.1", &[4, 5, 8], Class::Tcp(80), Decision::Denied),
+        ("100.96.0.1", &[], Class::Tcp(80), Decision::Denied),
+        ("fd00:2021:1111:8000::1", &[3], Class::Tcp(80), permitted(3)),
+    ];
+    for (ip, belongs_to, class, expect) in table {
+        let mut policy = Policy::new(&resources);
+        let ids: Vec<_> = belongs_to.iter().map(|n| resource_id(*n)).collect();
+        for round in ["first", "memorised"] {
+            let decision = policy.decide_proxy(ip.parse().unwrap(), &ids, class);
+            assert_eq!(decision, expect, "{ip} {belongs_to:?} {class:?} {round}");
+        }
+    }
+}
+
+#[test]
+fn a_change_of_names_acts_on_what_was_memorised() {
+    let ip = "100.96.0.1".parse().unwrap();
+    let resources = [crate::worker::testkit::dns(3, "*")];
+    let mut policy = Policy::new(&resources);
+    assert_eq!(policy.decide_proxy(ip, &[resource_id(3)], Class::Icmp), permitted(3));
+    policy.on_names_changed();
+    assert_eq!(policy.decide_proxy(ip, &[resource_id(4)], Class::Icmp), Decision::Denied);
+    policy.on_names_changed();
+    assert_eq!(policy.decide_proxy(ip, &[resource_id(3)], Class::Icmp), permitted(3));
+    policy.replace(&[]);
+    assert_eq!(policy.decide_proxy(ip, &[resource_id(3)], Class::Icmp), Decision::Denied);
 }
 
 #[test]

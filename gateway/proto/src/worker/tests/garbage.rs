@@ -10,7 +10,8 @@ fn no_bytes_panic_and_each_input_is_counted_once() {
         let mut random = SmallRng::seed_from_u64(seed);
         let mut world = if seed % 2 == 0 { World::new(&lan()) } else { World::relayed(&lan()) };
         world.handshake();
-        world.tell(&[cidr(1, "10.44.0.0/24", &[]), dns(3, "**.x")], (seed % 3 > 0).then(direct));
+        let resources = [cidr(1, "10.44.0.0/24", &[]), dns(3, "**.x")];
+        names::tell_on(&mut world, &resources, (seed % 3 > 0).then(direct), &names::example());
         let samples = [
             udp(C4, LAN4, (1, 53), b"abcdefgh"),
             tcp(C6, LAN6, (1, 443)),
@@ -19,6 +20,10 @@ fn no_bytes_panic_and_each_input_is_counted_once() {
             udp(LAN4, C4, (53, 1), b"abcdefgh"),
             ip(C6, LAN6, 0, &[44, 0, 0, 0, 0, 0, 0, 0, 60, 0, 0, 0, 0, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0]),
             udp(C4, "100.96.0.1", (1, 53), b""),
+            tcp(C6, "fd00:2021:1111:8000::1", (1, 443)),
+            udp(names::REAL4, C4, (53, 1), b""),
+            icmp(LAN4, C4, 11, &udp(C4, names::REAL4, (1, 53), b"")),
+            icmp(LAN6, C6, 2, &tcp(C6, names::REAL6, (1, 443))),
             answers::control(
                 0,
                 br#"{"resource":"2b6f3f0e-7a53-4d0b-9a4f-2f1f5d1f9a10","domain":"x","proxy_ips":[]}"#,

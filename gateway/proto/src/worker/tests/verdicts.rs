@@ -45,6 +45,12 @@ fn outbound() {
         cidr(3, "10.50.0.0/24", &[Filter::Tcp { first: 80, last: 80 }]),
     ]);
     let u = |src, dst| udp(src, dst, (40000, 53), b"abcd");
+    // GRE behind IPv4 options.
+    let options = |options: &[u8]| {
+        let mut packet = ip(C4, LAN4, 47, options);
+        packet[0] += u8::try_from(options.len() / 4).unwrap();
+        packet
+    };
     let embedded = u(LAN4, C4);
     let mut fragment = u(C4, LAN4);
     fragment[6] = 0x20;
@@ -93,6 +99,33 @@ fn outbound() {
         ("v6 fragment", ip(C6, LAN6, 44, &[17, 0, 0, 1, 0, 0, 0, 1]), Dropped(DropReason::InnerFragment)),
         ("v6 atomic fragment", ip(C6, LAN6, 44, &[47, 0, 0, 0, 0, 0, 0, 1]), ToTun),
         ("v6 options then GRE", ip(C6, LAN6, 60, &[47, 0, 0, 0, 0, 0, 0, 0, 9]), ToTun),
+        ("v4 record route", options(&[7, 3, 4, 0]), ToTun),
+        ("v4 loose source route", options(&[1, 131, 3, 4]), Dropped(DropReason::SourceRouted)),
+        ("v4 strict source route", options(&[7, 3, 4, 137, 3, 4, 0, 0]), Dropped(DropReason::SourceRouted)),
+        ("v4 source route behind the end", options(&[0, 131, 3, 4]), ToTun),
+        ("v4 option without a length", options(&[1, 1, 1, 7]), Dropped(DropReason::SourceRouted)),
+        ("v4 option of length 0", options(&[7, 0, 4, 0]), Dropped(DropReason::SourceRouted)),
+        (
+            "v6 routing header",
+            ip(C6, LAN6, 43, &[47, 0, 0, 1, 0, 0, 0, 0]),
+            Dropped(DropReason::SourceRouted),
+        ),
+        ("v6 routing header, done", ip(C6, LAN6, 43, &[47, 0, 0, 0, 0, 0, 0, 0]), ToTun),
+        (
+            "v6 routing header behind options",
+            ip(C6, LAN6, 60, &[43, 0, 0, 9, 0, 0, 0, 0, 47, 0, 4, 2, 0, 0, 0, 0]),
+            Dropped(DropReason::SourceRouted),
+        ),
+        (
+            "v6 routing header behind an atomic fragment and authentication",
+            ip(
+                C6,
+                LAN6,
+                44,
+                &[&[51, 0, 0, 0, 0, 0, 0, 1, 43, 1][..], &[0; 10], &[47, 0, 4, 1, 0, 0, 0, 0]].concat(),
+            ),
+            Dropped(DropReason::SourceRouted),
+        ),
         ("largest packet", udp(C4, LAN4, (1, 2), &[0; 1252]), ToTun),
     ];
     for (name, packet, expect) in &table {
@@ -111,8 +144,8 @@ fn outbound_with_dns_and_internet_resources() {
         ("public v6", u(C6, "2001:db8::1"), ToTun),
         ("private", u(C4, "10.1.1.1"), Denied(3, 0, DropReason::PrivateDestination)),
         ("private v6", u(C6, "fd12::1"), Denied(1, 3, DropReason::PrivateDestination)),
-        ("proxy", u(C4, "100.96.0.1"), Denied(3, 0, DropReason::NoTranslation)),
-        ("proxy v6", u(C6, "fd00:2021:1111:8000::1"), Denied(1, 3, DropReason::NoTranslation)),
+        ("proxy that nobody assigned", u(C4, "100.96.0.1"), Denied(3, 13, DropReason::NotAllowed)),
+        ("the same v6", u(C6, "fd00:2021:1111:8000::1"), Denied(1, 1, DropReason::NotAllowed)),
     ];
     for (name, packet, expect) in &table {
         check_outbound(&mut world, name, packet, expect);
@@ -142,11 +175,11 @@ fn inbound() {
         ("error about the client's packet", icmp(router, C4, 11, &mine[..28]), None),
         ("too big about the client's packet", icmp("fd00:99::1", C6, 2, &mine6), None),
         ("error about another's packet", icmp(router, C4, 3, &others), Some(DropReason::InboundNotAllowed)),
-        ("error without a body", icmp(LAN4, C4, 3, b""), Some(DropReason::UnsupportedProtocol)),
+        ("error without a body", icmp(LAN4, C4, 3, b""), Some(DropReason::MalformedIcmpError)),
         (
             "error about an error",
             icmp(LAN4, C4, 3, &icmp(C4, LAN4, 3, &mine)),
-            Some(DropReason::UnsupportedProtocol),
+            Some(DropReason::MalformedIcmpError),
         ),
         ("redirect", icmp(LAN4, C4, 5, &mine), Some(DropReason::UnsupportedProtocol)),
         ("neighbour discovery", icmp(LAN6, C6, 135, &[0; 16]), Some(DropReason::UnsupportedProtocol)),
