@@ -10,6 +10,7 @@ mod model;
 mod moves;
 mod names;
 mod network;
+mod reference;
 mod sessions;
 #[cfg(feature = "mock-instant")]
 mod timers;
