@@ -242,6 +242,7 @@ http {{
     listen [::]:8080;
     location = / {{ default_type text/plain; return 200 "hello from the LAN\n"; }}
     location = /whoami {{ default_type text/plain; return 200 "$remote_addr\n"; }}
+    location = /address {{ default_type text/plain; return 200 "$server_addr\n"; }}
     location = /big {{ root {big}; }}
     # Slow enough that something can happen to it on the way: about 20 s.
     location = /slow {{ alias {big}/big; limit_rate 5m; }}

@@ -317,7 +317,7 @@ impl Nameserver {
         Ok(Self(process))
     }
 
-    fn kill(&mut self) -> Result<()> {
+    pub(super) fn kill(&mut self) -> Result<()> {
         self.0.signal(rustix::process::Signal::KILL)?;
         self.0.wait(2 * SECOND).map(drop)
     }

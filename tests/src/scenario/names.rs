@@ -1,16 +1,23 @@
 //! DNS resources: names that clients assign proxy addresses to, and what the gateway makes of them.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{
     Context,
     dns::{Nameserver, ResolvConf},
-    lab::{Lab, Options, lan4},
+    lab::{Download, Lab, Options, curl, lan4, ping},
 };
 use crate::{
-    net::topology::{LAN_HOST, PORTAL},
+    net::{
+        NetNs,
+        process::run,
+        topology::{LAN_HOST, LAN_HOST_2, PORTAL},
+    },
     standins::{
         client::{Command, Event},
         portal::Resource,
@@ -56,9 +63,83 @@ pub(super) fn statuses(cx: &mut Context) -> Result<()> {
         ("not a DNS resource", lan4(), "both.lan.test", "Inactive"),
     ] {
         let status = assign(&mut lab, &resource, name).with_context(|| format!("{what}: {name}"))?;
-        anyhow::ensure!(status == expect, "{what}: {name} is {status}");
+        ensure!(status == expect, "{what}: {name} is {status}");
     }
     lab.finish()
+}
+
+/// Ordinary programs reach what a name stands for, over both families. When its address changes, what begins then goes to the
+/// new one, and what runs is left alone.
+pub(super) fn reached(cx: &mut Context) -> Result<()> {
+    let record = |host: (Ipv4Addr, Ipv6Addr)| [format!("web.lan.test,{},{}", host.0, host.1)];
+    let mut nameserver = Nameserver::start_with(cx, "names", PORTAL, "-", &record(LAN_HOST))?;
+    let options = Options {
+        resources: vec![names()],
+        launch: ResolvConf::new(cx, &[PORTAL])?.launch(cx)?,
+        ..Options::default()
+    };
+    let mut lab = Lab::start(cx, &options)?;
+    lab.connect(0, &[names()])?;
+    let client = &cx.topology.clients[0].namespace;
+    let before = [bad_checksums(client)?, bad_checksums(&cx.topology.lan)?];
+    let status = assign(&mut lab, &names(), "web.lan.test")?;
+    ensure!(status == "Active", "web.lan.test is {status}");
+    let (v4, v6) = proxies()?;
+    for (proxy, host) in [(v4, IpAddr::from(LAN_HOST.0)), (v6, LAN_HOST.1.into())] {
+        ping(client, proxy)?;
+        let reached = fetch(client, proxy)?;
+        ensure!(reached == host, "{proxy} leads to {reached} instead of {host}");
+    }
+    // What nobody assigned leads nowhere, and the client is told.
+    let nobodys = "100.96.0.9".parse()?;
+    ensure!(fetch(client, nobodys).is_err(), "{nobodys} leads somewhere");
+    lab.clients[0].wait_for(
+        "a denial",
+        SECOND,
+        |event| matches!(event, Event::IcmpProhibited { dst } if *dst == nobodys),
+    )?;
+
+    let slow = Download::start(cx, client, "slow", &format!("http://{v4}/slow"))?;
+    slow.wait_growth(5 * SECOND)?;
+    nameserver.kill()?;
+    let _nameserver = Nameserver::start_with(cx, "names-2", PORTAL, "-", &record(LAN_HOST_2))?;
+    let status = assign(&mut lab, &names(), "web.lan.test")?;
+    ensure!(status == "Active", "web.lan.test is {status} at its new address");
+    for (proxy, host) in [(v4, IpAddr::from(LAN_HOST_2.0)), (v6, LAN_HOST_2.1.into())] {
+        let reached = fetch(client, proxy)?;
+        ensure!(reached == host, "{proxy} leads to {reached} instead of {host}, the new address");
+    }
+    slow.wait_growth(5 * SECOND).context("what began before the name moved")?;
+
+    // The next packet after a revocation is refused, that of the download too.
+    lab.clients[0].forget_events();
+    lab.portal.reject_access(lab.client_id(0)?, names().id)?;
+    lab.clients[0].wait_goodbye(5 * SECOND)?;
+    ensure!(fetch(client, v4).is_err(), "a revoked name is reached");
+    drop(slow);
+    let after = [bad_checksums(client)?, bad_checksums(&cx.topology.lan)?];
+    ensure!(before == after, "packets with wrong checksums arrived: {before:?}, then {after:?}");
+    lab.finish()
+}
+
+/// The first of each family.
+fn proxies() -> Result<(IpAddr, IpAddr)> {
+    Ok((PROXIES[0].parse()?, PROXIES[2].parse()?))
+}
+
+/// Which of its addresses the LAN's web server was reached at.
+fn fetch(client: &NetNs, proxy: IpAddr) -> Result<IpAddr> {
+    let host = if proxy.is_ipv6() { format!("[{proxy}]") } else { proxy.to_string() };
+    let said = curl(client, &["-f", &format!("http://{host}/address")])?.success()?;
+    said.trim().parse().with_context(|| format!("{said:?} is no address"))
+}
+
+/// How many packets a host has refused for a checksum.
+fn bad_checksums(host: &NetNs) -> Result<String> {
+    const COUNTERS: [&str; 5] =
+        ["TcpInCsumErrors", "UdpInCsumErrors", "IcmpInCsumErrors", "Udp6InCsumErrors", "Icmp6InCsumErrors"];
+    let command: Vec<&str> = ["nstat", "-asz"].into_iter().chain(COUNTERS).collect();
+    run(host, 5 * SECOND, &command)?.success()
 }
 
 /// What the gateway answers.

@@ -152,6 +152,7 @@ pub static SCENARIOS: &[Scenario] = &[
     ),
     scenario("the gateway's own tunnel address", direct::plan, 20, access::gateway_own_address),
     scenario("DNS resources: what becomes of a name", direct::plan, 40, names::statuses),
+    scenario("DNS resources: reached, moved, revoked", direct::plan, 60, names::reached),
     scenario("DNS servers: SRV and TXT, long answers, bad queries", direct::plan, 40, dns::queries),
     scenario("DNS servers: a connection outlives an init", direct::plan, 40, dns::connection_stays).once(),
     scenario("DNS servers: a nameserver dies, another is configured", direct::plan, 60, dns::failover).once(),
