@@ -9,7 +9,8 @@
 //!  Failed <--- 401 with nonce, 420, or the active server is silent for 8 s <--------+
 //! ```
 //!
-//! It knows nothing of other relays. Answers are handled in `answers`, a child of this file.
+//! It knows nothing of other relays. Answers are handled in `answers`, the portal's later words in `adopt`, children of
+//! this file. Credentials that wait for the end of the allocation turn each way to `Failed` into one to Searching.
 
 use std::{
     collections::VecDeque,
@@ -31,6 +32,7 @@ use super::{
 };
 use crate::{ids::RelayId, sink::Transmit};
 
+mod adopt;
 mod answers;
 
 /// BINDING to the active server, restarted by ChannelData (connections.md section 8.6) that is answered.
@@ -77,6 +79,8 @@ pub(super) struct Out {
 pub(super) struct Allocation {
     id: RelayId,
     servers: Servers,
+    /// The active server with what the portal said of it since: credentials under another name, while ours work.
+    successor: Option<Server>,
     state: State,
     /// Per family, what BINDING answers told.
     mappings: [Option<Mapping>; 2],
@@ -143,6 +147,7 @@ impl Allocation {
         let mut new = Self {
             id,
             servers,
+            successor: None,
             state: State::Searching,
             mappings: [None; 2],
             nonce: None,
@@ -205,33 +210,6 @@ impl Allocation {
             .flatten()
             .zip(active.into_iter().cycle())
             .map(|(addr, active)| self.candidate(addr, active))
-    }
-
-    /// The portal names the relay again, perhaps with other addresses or credentials. False if that makes it
-    /// another relay: then it must be replaced.
-    ///
-    /// Only what is in use counts: the other family's server may come, go and change.
-    pub(super) fn adopt(&mut self, servers: &Servers, now: Instant, out: &mut Out) -> bool {
-        let same = |at: usize| self.servers[at] == servers[at];
-        let keep = match self.active() {
-            Some(active) => same(family(active.server)),
-            None => same(0) && same(1),
-        };
-        if !keep {
-            return false;
-        }
-        let suspended = self.is_suspended();
-        let known = std::mem::replace(&mut self.servers, servers.clone());
-        for server in servers.iter().flatten().filter(|server| !known.iter().flatten().any(|k| k == *server))
-        {
-            if !suspended {
-                self.request(Request::Binding, server.addr, LADDER, now, out);
-            }
-        }
-        if suspended {
-            self.search(now, out);
-        }
-        true
     }
 
     /// The portal did not mention the relay: is it alive (connections.md section 8.5)?
@@ -431,6 +409,9 @@ impl Allocation {
     /// Invalidates and sends `request` (ALLOCATE, or the REFRESH that clears the way for it).
     fn allocate_again(&mut self, request: Request, now: Instant, out: &mut Out) {
         self.invalidate(now, out);
+        if self.succeed(now, out) {
+            return;
+        }
         if let State::Unallocated { active, .. } = &self.state {
             let server = active.server;
             self.request(request, server, LADDER, now, out);
@@ -447,7 +428,9 @@ impl Allocation {
 
     fn give_up(&mut self, now: Instant, out: &mut Out) {
         self.invalidate(now, out);
-        self.state = State::Failed;
+        if !self.succeed(now, out) {
+            self.state = State::Failed;
+        }
     }
 
     /// A whole ladder without an answer. From the other family's server it means nothing.
@@ -469,7 +452,9 @@ impl Allocation {
         if self.active_server() == Some(pending.dst) {
             tracing::debug!(relay = %self.id, request = ?pending.request.method(), "Relay does not respond");
             self.invalidate(now, out);
-            self.state = State::Searching;
+            if !self.succeed(now, out) {
+                self.state = State::Searching;
+            }
         }
     }
 

@@ -49,6 +49,11 @@ impl Credentials {
         let username = Username::new(username).ok().filter(|_| !username.is_empty())?;
         Some(Self { username, key })
     }
+
+    /// Are they for another name than `other`, not only with another password?
+    pub(super) fn has_another_name_than(&self, other: &Self) -> bool {
+        self.username != other.username
+    }
 }
 
 impl fmt::Debug for Credentials {

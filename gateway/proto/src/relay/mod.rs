@@ -107,7 +107,8 @@ impl Relays {
     /// What the portal says: drops `disconnected`, then merges `connected` (a dual-stack relay is two entries with
     /// one id, anywhere in the list). Relays named in neither are probed with a REFRESH.
     ///
-    /// A relay whose address in use and credentials stay as they are keeps its allocation; otherwise it is replaced
+    /// A relay whose address in use and credentials stay as they are keeps its allocation, and so does one that works
+    /// and gets credentials under another name: they wait for its end. Otherwise it is replaced
     /// ([`RelayEvent::Gone`] and a new start). An address another relay id held is taken from it.
     pub fn update(&mut self, disconnected: &[RelayId], connected: &[messages::Relay], now: Instant) {
         let had_any = !self.relays.is_empty();

@@ -142,7 +142,13 @@ fn act(world: &mut World, rng: &mut StdRng) {
         }
         21 => {
             let password = format!("password {}", rng.random::<u32>());
-            world.twins[which].set_password(&password);
+            let name = format!("{}:twin", rng.random::<u32>());
+            match rng.random_range(0..4) {
+                0 => world.twins[which].set_password(&password),
+                1 => world.twins[which].set_credentials(&name, &password),
+                2 => world.twins[which].add_credentials(&name, &password),
+                _ => world.twins[which].expire_credentials(),
+            }
         }
         22 => world.connect([&[0, 1][..], &[0], &[1], &[]][rng.random_range(0..4)]),
         _ => {

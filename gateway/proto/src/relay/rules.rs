@@ -370,6 +370,66 @@ fn a_relay_with_other_credentials_is_replaced() {
 }
 
 #[test]
+fn a_relay_that_works_is_kept_when_the_portal_says_other_credentials_under_another_name() {
+    for flavor in [Flavor::Firezone, Flavor::Coturn] {
+        let mut world = World::with_one(flavor, 3478);
+        let relayed = world.relays.relayed(id(0));
+        let peer = addr("192.0.2.77:7777");
+        world.relays.bind(id(0), peer, Use::Nominated, world.now);
+        world.run(secs(1));
+        let channel = world.relays.channel(id(0), peer, world.now);
+        assert!(channel.is_some(), "{flavor:?}");
+        world.take_events();
+        world.take_kinds();
+        // A portal of Nov-2025 does so with each `init`; the latest counts.
+        for name in ["1800000000:twin", "1800000100:twin"] {
+            world.twins[0].add_credentials(name, &format!("the password of {name}"));
+            world.connect(&[0]);
+            world.run(secs(2));
+            // coturn may have to be asked in another form.
+            let asked = world.take_kinds();
+            assert!(matches!(asked[..], [REFRESH] | [REFRESH, REFRESH]), "{flavor:?}: {asked:?}");
+        }
+        world.run(secs(900));
+        assert_eq!(world.relays.relayed(id(0)), relayed, "{flavor:?}");
+        assert_eq!(world.relays.channel(id(0), peer, world.now), channel, "{flavor:?}");
+        assert_eq!(world.take_events(), [], "{flavor:?}");
+
+        // The old ones end, or the relay forgets the allocation: the new ones are there, nobody has to be asked.
+        if flavor == Flavor::Firezone {
+            world.twins[0].drop_allocations();
+        } else {
+            world.twins[0].expire_credentials();
+        }
+        world.run(secs(320));
+        let events = world.take_events();
+        assert!(events.contains(&RelayEvent::Invalidated(relayed[0], id(0))), "{flavor:?}: {events:?}");
+        assert!(!events.contains(&RelayEvent::Gone(id(0))), "{flavor:?}: {events:?}");
+        world.twins[0].expire_credentials();
+        world.run(secs(900));
+        assert!(world.allocated(), "{flavor:?}: by the latest credentials");
+        assert_eq!(world.twins[0].allocations(), 1, "{flavor:?}");
+    }
+}
+
+#[test]
+fn a_relay_that_started_anew_with_other_credentials_is_back_within_seconds() {
+    for flavor in [Flavor::Firezone, Flavor::Coturn] {
+        let mut world = World::with_one(flavor, 3478);
+        let old = world.relays.relayed(id(0))[0];
+        world.take_events();
+        world.twins[0].set_credentials("1800000000:twin", "of another secret");
+        world.twins[0].restart();
+        world.connect(&[0]);
+        world.run(secs(4));
+        let events = world.take_events();
+        assert!(events.contains(&RelayEvent::Invalidated(old, id(0))), "{flavor:?}: {events:?}");
+        assert!(!events.contains(&RelayEvent::NoneLeft), "{flavor:?}: {events:?}");
+        assert!(world.allocated(), "{flavor:?}");
+    }
+}
+
+#[test]
 fn a_removed_relays_late_packets_are_swallowed_and_strangers_are_not() {
     let mut world = World::with_one(Flavor::Firezone, 3478);
     world.relays.update(&[id(0)], &[], world.now);

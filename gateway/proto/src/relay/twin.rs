@@ -72,6 +72,8 @@ pub(crate) struct Twin {
     listen: Vec<SocketAddr>,
     username: String,
     password: String,
+    /// Names and passwords that it takes, too.
+    older: Vec<(String, String)>,
     nonces: HashMap<SocketAddr, String>,
     allocations: HashMap<SocketAddr, Granted>,
     rng: StdRng,
@@ -106,6 +108,7 @@ impl Twin {
             listen: listen.to_vec(),
             username: "2145916800:twin".into(),
             password: "the twin's first password".into(),
+            older: Vec::new(),
             nonces: HashMap::new(),
             allocations: HashMap::new(),
             rng: StdRng::seed_from_u64(seed),
@@ -146,6 +149,18 @@ impl Twin {
 
     pub(crate) fn set_credentials(&mut self, username: &str, password: &str) {
         (self.username, self.password) = (username.into(), password.into());
+    }
+
+    /// From now on the portal names these; those of before are good until [`Twin::expire_credentials`].
+    pub(crate) fn add_credentials(&mut self, username: &str, password: &str) {
+        let before = (self.username.clone(), self.password.clone());
+        self.older.push(before);
+        self.set_credentials(username, password);
+    }
+
+    /// Only the latest are good.
+    pub(crate) fn expire_credentials(&mut self) {
+        self.older.clear();
     }
 
     /// The next allocation gets this port.
@@ -235,11 +250,14 @@ impl Twin {
         server: SocketAddr,
         now: Instant,
     ) -> Option<Vec<u8>> {
-        let key = LongTermKeyCredentials::new(self.username.clone(), self.password.clone(), REALM.into())
-            .make_key(IntegrityAlgorithm::Sha1);
+        let name = message.attribute::<Username>().map(|name| name.username().to_owned()).unwrap_or_default();
+        let older = self.older.iter().find(|(older, _)| *older == name).cloned();
+        let (username, password) = older.unwrap_or_else(|| (self.username.clone(), self.password.clone()));
+        let named = name == username;
+        let key =
+            LongTermKeyCredentials::new(username, password, REALM.into()).make_key(IntegrityAlgorithm::Sha1);
         let known = self.nonces.get(&client).cloned();
         let nonce = message.attribute::<Nonce>().ok().map(|nonce| nonce.nonce().to_owned());
-        let named = message.attribute::<Username>().is_ok_and(|name| name.username() == self.username);
         let signed = message.has_attribute(MessageIntegrity::TYPE);
         // What coturn 4.6 looks at before the credentials.
         let first = message.method() == ALLOCATE && nonce.is_none();

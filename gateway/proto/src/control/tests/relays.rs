@@ -103,6 +103,27 @@ fn a_healthy_relayed_connection_asks_nothing() {
     assert_eq!(requests(&world, began, REFRESH), [], "before the half of the allocation's life");
 }
 
+#[test]
+fn a_relayed_path_survives_every_init_of_a_nov_2025_portal() {
+    let mut world = relayed();
+    active(&mut world, 3);
+    let (index, path, channels) = (world.index(), world.path(), world.gateway.shared.held_channels());
+    for n in 0..4 {
+        // The portal was away, and names the relays with new credentials.
+        world.twins[0].1.add_credentials(&format!("18000000{n}0:twin"), &format!("password {n}"));
+        let init = world.init(None);
+        world.ingress(Ingress::Init(Box::new(init)));
+        let began = world.now;
+        while world.now < began + 5 * SECOND {
+            assert!(world.reaches_the_client(format!("{:?}", world.now).as_bytes()), "{n}: {world:#?}");
+            active(&mut world, 1);
+        }
+        assert_eq!((world.index(), world.path()), (index, path), "{n}");
+        assert_eq!(world.gateway.shared.held_channels(), channels, "{n}");
+    }
+    assert!(world.twins[0].1.sins.is_empty(), "{:?}", world.twins[0].1.sins);
+}
+
 /// Connected, through the one relay there is.
 fn relayed() -> World {
     let mut world = World::new(epoch(), 1);

@@ -148,8 +148,7 @@ impl Allocation {
         let works = matches!(self.state, State::Allocated { .. });
         let rejected = refusal.code == 401 && copy.nonce != 0;
         if rejected && authentic {
-            tracing::warn!(relay = %self.id, "Relay refuses our credentials; waiting for the portal to send others");
-            return self.give_up(now, out);
+            return self.on_rejected(now, out);
         }
         let Some(pending) = self.requests.get_mut(key) else { return };
         let repeat = pending.challenges < MAX_CHALLENGES && (!rejected || pending.rejections == 0);
@@ -173,12 +172,19 @@ impl Allocation {
             return out.counters.count(DropReason::RelayUnauthenticated);
         }
         if rejected {
-            tracing::warn!(relay = %self.id, "Relay refuses our credentials; waiting for the portal to send others");
-            return self.give_up(now, out);
+            return self.on_rejected(now, out);
         }
         if let Some(pending) = self.requests.remove(key) {
             self.on_other_error(&pending, refusal.code, now, out);
         }
+    }
+
+    /// The relay takes our credentials no more.
+    fn on_rejected(&mut self, now: Instant, out: &mut Out) {
+        if !self.has_successor() {
+            tracing::warn!(relay = %self.id, "Relay refuses our credentials; waiting for the portal to send others");
+        }
+        self.give_up(now, out);
     }
 
     fn on_success(&mut self, pending: &Pending, success: &Success, now: Instant, out: &mut Out) {
