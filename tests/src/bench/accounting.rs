@@ -18,6 +18,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::report::Cost;
+use crate::net::janitor::Janitor;
 
 /// The core that the gateway has for itself.
 pub(super) const GATEWAY_CORE: usize = 1;
@@ -221,34 +222,24 @@ pub(super) fn prefer(tid: i32) -> Result<()> {
         .with_context(|| format!("cannot raise the priority of thread {tid}"))
 }
 
-/// While it lives, this session goes before other ones, and behind the kernel's NAPI threads, which are in no session: a flooder
-/// of equal rank would starve the routers. With CONFIG_SCHED_AUTOGROUP niceness counts within a session only, and a compiler in
-/// another one would get as much as the whole benchmark (sched(7), "The autogroup feature").
-pub(super) struct Foremost {
-    /// Niceness of the session before; none where there are no autogroups.
-    before: Option<String>,
-}
-
-impl Foremost {
+/// From now on, until this run is over, this session goes before other ones, and behind the kernel's NAPI threads, which are in
+/// no session: a flooder of equal rank would starve the routers. With CONFIG_SCHED_AUTOGROUP niceness counts within a session
+/// only, and a compiler in another one would get as much as the whole benchmark (sched(7), "The autogroup feature"). Left
+/// raised, it would let whatever the session does next starve softirqs.
+///
+/// # Errors
+/// If nobody could put it back.
+pub(super) fn prefer_session(janitor: &mut Janitor) -> Result<()> {
     const FILE: &str = "/proc/self/autogroup";
     /// Nine times a usual session's weight, a ninth of a NAPI thread's.
     const NICE: &str = "-10";
-
-    pub(super) fn new() -> Self {
-        // /autogroup-415 nice 0
-        let text = std::fs::read_to_string(Self::FILE).unwrap_or_default();
-        let before = text.trim_end().rsplit_once("nice ").map(|(_, nice)| nice.to_owned());
-        let accepted = before.is_some() && std::fs::write(Self::FILE, Self::NICE).is_ok();
-        Self { before: before.filter(|_| accepted) }
+    // /autogroup-415 nice 0, or nothing where there are no autogroups.
+    let text = std::fs::read_to_string(FILE).unwrap_or_default();
+    if let Some((_, nice)) = text.trim_end().rsplit_once("nice ") {
+        janitor.put_back(FILE, nice)?;
+        let _may_be_refused = std::fs::write(FILE, NICE);
     }
-}
-
-impl Drop for Foremost {
-    fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            let _ = std::fs::write(Self::FILE, before);
-        }
-    }
+    Ok(())
 }
 
 /// While it lives, an idle core polls for work instead of halting, as bare metal does that is tuned for latency (tuned's

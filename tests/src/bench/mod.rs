@@ -92,11 +92,11 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         cores > 1,
         "the gateway needs a core of its own, and something must send: one core is not enough"
     );
-    let janitor = Janitor::start()?;
+    let mut janitor = Janitor::start()?;
     // Before any thread or process is started: they inherit it.
     accounting::pin(0, OTHER_CORE)?;
     accounting::prefer(0)?;
-    let _foremost = accounting::Foremost::new();
+    accounting::prefer_session(&mut janitor)?;
     let awake = accounting::Awake::new();
     let directory = janitor::directory(std::process::id());
     let refused = awake.as_ref().err().map(|error| format!("{error:#}"));

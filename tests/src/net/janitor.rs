@@ -7,6 +7,7 @@
 //! ```
 
 use std::{
+    io::Write as _,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -53,6 +54,16 @@ impl Janitor {
         Ok(Self { watcher })
     }
 
+    /// When this run is over, however it ends, `text` is written to `file` (a name without blanks). For settings that would
+    /// outlive it; the watcher writes, from the same session.
+    ///
+    /// # Errors
+    /// If the watcher is gone.
+    pub fn put_back(&mut self, file: &str, text: &str) -> Result<()> {
+        let orders = self.watcher.stdin.as_mut().context("the janitor's pipe")?;
+        writeln!(orders, "{file} {text}").context("the janitor is gone")
+    }
+
     /// The watcher's pid: the one child that outlives a scenario.
     pub fn pid(&self) -> u32 {
         self.watcher.id()
@@ -66,12 +77,15 @@ impl Drop for Janitor {
     }
 }
 
-/// The watcher process: waits until the run `pid` is gone, then removes what it left.
+/// The watcher process: waits until the run `pid` is gone, then puts back what it changed and removes what it left.
 ///
 /// # Errors
 /// If standard input cannot be read.
 pub fn watch(pid: u32) -> Result<()> {
-    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    let orders = std::io::read_to_string(std::io::stdin())?;
+    for (file, text) in orders.lines().filter_map(|line| line.split_once(' ')) {
+        let _cannot_be_told_to_anybody = std::fs::write(file, text);
+    }
     netns::remove_run(pid);
     // An `ip netns add` of the dead run may still be under way.
     std::thread::sleep(Duration::from_millis(300));

@@ -163,20 +163,18 @@ pub(super) fn flood(cx: &mut Context) -> Result<()> {
     let until = Instant::now() + 4 * SECOND;
     let (answered, refused) = std::thread::scope(|scope| {
         let flood = scope.spawn(|| greedy.run(|| ask_until(SocketAddr::new(own[0], PORT), until)));
-        let mut times = Vec::new();
+        let mut asked = 0;
         while Instant::now() < until {
             for server in own {
                 let started = Instant::now();
                 let note = dig(other, server, &["+notcp", "+short", "_note.lan.test", "TXT"])?;
-                // The burst that the flood is allowed can overrun the nameserver: one that is lost there is asked again.
-                ensure!(note.trim() == "\"hello\"", "{note:?} after {:?}", started.elapsed());
-                times.push(started.elapsed());
+                let took = started.elapsed();
+                ensure!(note.trim() == "\"hello\"" && took < 2 * SECOND, "{note:?} after {took:?}");
+                asked += 1;
             }
             ping(other, LAN_HOST.0.into())?;
         }
-        times.sort_unstable();
-        let median = times[(times.len() - 1) / 2];
-        ensure!(median < SECOND, "half of the other client's queries took longer than {median:?}");
+        ensure!(asked > 4, "the other client asked {asked} times only");
         flood.join().map_err(|_| anyhow!("the flood panicked"))?
     })?;
     // 400 at once and 200 a second, for 4 s and the little that the start took.
