@@ -10,10 +10,12 @@ use tracing_subscriber::{
 use crate::cli::LogFormat;
 
 /// Libraries that talk more than they say. boringtun logs ordinary time-outs at WARN and ERROR: we log those
-/// ourselves (design.md section 2.1). hickory warns of every stray datagram. stun_types warns about what any stranger can send, and traces keys.
+/// ourselves (design.md section 2.1). hickory warns of every stray datagram. stun_types warns about what any stranger can
+/// send, and traces keys.
 const QUIET: &str = "boringtun=off,netlink_proto=warn,netlink_packet_route=warn,rustls=warn,\
                      hickory_proto=error,hickory_net=error,hickory_resolver=error,\
-                     tungstenite=info,tokio_tungstenite=info,is=info,quinn_udp=info,aya=info,mio=info,hyper=info,hyper_util=info,\
+                     tungstenite=info,tokio_tungstenite=info,is=info,\
+                     quinn_udp=info,aya=info,mio=info,hyper=info,hyper_util=info,\
                      stun_types=off,stun_proto=off,turn_types=off";
 
 /// The target of what each part says at DEBUG when it ends in order: what is left in its queues and the most that ever

@@ -153,6 +153,18 @@ pub enum Lookup<A> {
     TimedOut,
 }
 
+impl<A> Lookup<A> {
+    /// The same, of what `of` makes of each address; those it makes nothing of are left out.
+    #[must_use]
+    pub fn filter_map<B>(self, of: impl FnMut(A) -> Option<B>) -> Lookup<B> {
+        match self {
+            Self::Answer(ips) => Lookup::Answer(ips.into_iter().filter_map(of).collect()),
+            Self::Failed => Lookup::Failed,
+            Self::TimedOut => Lookup::TimedOut,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

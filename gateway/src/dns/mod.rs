@@ -267,18 +267,18 @@ impl Files {
                 let conf = ResolvConf::parse(&text);
                 tracing::debug!(?conf, "Nameservers");
                 if conf.nameservers.is_empty() {
-                    tracing::info!("/etc/resolv.conf names no nameserver; asking the one on this machine");
+                    tracing::info!("{RESOLV_CONF} names no nameserver; asking the one on this machine");
                 }
                 forwarder.set_nameservers(conf.servers().to_vec());
                 resolver.set_conf(conf);
             }
             // Those that are known stay: a file that is being replaced is away for a moment.
-            Err(e) => tracing::warn!("Cannot read /etc/resolv.conf: {e}; going on as before"),
+            Err(e) => tracing::warn!("Cannot read {RESOLV_CONF}: {e}; going on as before"),
         }
         match self.hosts.look() {
             Ok(None) => {}
             Ok(Some(text)) => resolver.set_hosts(Hosts::parse(&text)),
-            Err(e) => tracing::debug!("Cannot read /etc/hosts: {e}; going on as before"),
+            Err(e) => tracing::debug!("Cannot read {HOSTS}: {e}; going on as before"),
         }
     }
 }

@@ -145,7 +145,7 @@ impl System {
                 self.ask(v4.then_some(RecordType::A), &candidate, deadline),
                 self.ask(v6.then_some(RecordType::AAAA), &candidate, deadline),
             );
-            let this = Resolved { v4: only(v4, v4_of), v6: only(v6, v6_of) };
+            let this = Resolved { v4: v4.filter_map(v4_of), v6: v6.filter_map(v6_of) };
             if has_any(&this.v4) || has_any(&this.v6) {
                 return this;
             }
@@ -265,14 +265,6 @@ fn v6_of(ip: IpAddr) -> Option<Ipv6Addr> {
     match ip {
         IpAddr::V6(ip) => Some(ip),
         IpAddr::V4(_) => None,
-    }
-}
-
-fn only<A>(found: Lookup<IpAddr>, of: fn(IpAddr) -> Option<A>) -> Lookup<A> {
-    match found {
-        Lookup::Answer(ips) => Lookup::Answer(ips.into_iter().filter_map(of).collect()),
-        Lookup::Failed => Lookup::Failed,
-        Lookup::TimedOut => Lookup::TimedOut,
     }
 }
 

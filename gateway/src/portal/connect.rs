@@ -156,15 +156,12 @@ async fn resolve(host: &str, mark: Option<u32>) -> Result<Vec<IpAddr>, Failure> 
     let Resolved { v4, v6 } = dns::look_up_afresh(&name, mark).await;
     let mut addresses: Vec<IpAddr> = Vec::new();
     let mut why = "has no address";
-    match v4 {
-        Lookup::Answer(ips) => addresses.extend(ips.into_iter().map(IpAddr::from)),
-        Lookup::Failed => why = CANNOT_TELL,
-        Lookup::TimedOut => why = SILENT,
-    }
-    match v6 {
-        Lookup::Answer(ips) => addresses.extend(ips.into_iter().map(IpAddr::from)),
-        Lookup::Failed => why = CANNOT_TELL,
-        Lookup::TimedOut => why = SILENT,
+    for found in [v4.filter_map(|ip| Some(IpAddr::V4(ip))), v6.filter_map(|ip| Some(IpAddr::V6(ip)))] {
+        match found {
+            Lookup::Answer(ips) => addresses.extend(ips),
+            Lookup::Failed => why = CANNOT_TELL,
+            Lookup::TimedOut => why = SILENT,
+        }
     }
     addresses.sort_unstable();
     addresses.dedup();

@@ -43,13 +43,7 @@ pub(super) fn statuses(cx: &mut Context) -> Result<()> {
     let hosts =
         [format!("both.lan.test,{v4},{v6}"), format!("four.lan.test,{v4}"), format!("six.lan.test,{v6}")];
     let _nameserver = Nameserver::start_with(cx, "names", PORTAL, "-", &hosts)?;
-    let options = Options {
-        resources: vec![lan4(), names(), locked()],
-        launch: ResolvConf::new(cx, &[PORTAL])?.launch(cx)?,
-        ..Options::default()
-    };
-    let mut lab = Lab::start(cx, &options)?;
-    lab.connect(0, &[lan4(), names()])?;
+    let mut lab = start(cx, vec![lan4(), names(), locked()], &[lan4(), names()])?;
     for (what, resource, name, expect) in [
         ("both families", names(), "both.lan.test", "Active"),
         ("again, at once", names(), "both.lan.test", "Active"),
@@ -73,13 +67,7 @@ pub(super) fn statuses(cx: &mut Context) -> Result<()> {
 pub(super) fn reached(cx: &mut Context) -> Result<()> {
     let record = |host: (Ipv4Addr, Ipv6Addr)| [format!("web.lan.test,{},{}", host.0, host.1)];
     let mut nameserver = Nameserver::start_with(cx, "names", PORTAL, "-", &record(LAN_HOST))?;
-    let options = Options {
-        resources: vec![names()],
-        launch: ResolvConf::new(cx, &[PORTAL])?.launch(cx)?,
-        ..Options::default()
-    };
-    let mut lab = Lab::start(cx, &options)?;
-    lab.connect(0, &[names()])?;
+    let mut lab = start(cx, vec![names()], &[names()])?;
     let client = &cx.topology.clients[0].namespace;
     let before = [bad_checksums(client)?, bad_checksums(&cx.topology.lan)?];
     let status = assign(&mut lab, &names(), "web.lan.test")?;
@@ -120,6 +108,14 @@ pub(super) fn reached(cx: &mut Context) -> Result<()> {
     let after = [bad_checksums(client)?, bad_checksums(&cx.topology.lan)?];
     ensure!(before == after, "packets with wrong checksums arrived: {before:?}, then {after:?}");
     lab.finish()
+}
+
+/// A gateway that asks the portal's host about names, and a client with access to `granted` of the resources.
+fn start(cx: &Context, resources: Vec<Resource>, granted: &[Resource]) -> Result<Lab> {
+    let launch = ResolvConf::new(cx, &[PORTAL])?.launch(cx)?;
+    let mut lab = Lab::start(cx, &Options { resources, launch, ..Options::default() })?;
+    lab.connect(0, granted)?;
+    Ok(lab)
 }
 
 /// The first of each family.

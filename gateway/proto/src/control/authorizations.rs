@@ -163,6 +163,12 @@ impl Authorizations {
         }
     }
 
+    /// Is it a DNS resource whose address is no pattern, so that no name will ever match it?
+    pub(super) fn is_unmatchable(&self, resource: ResourceId) -> bool {
+        let known = self.granted.get(&resource);
+        known.is_some_and(|a| a.pattern.is_none() && matches!(a.resource.kind, ResourceKind::Dns { .. }))
+    }
+
     /// Has the client nothing left?
     pub(super) fn is_empty(&self) -> bool {
         self.granted.is_empty()

@@ -19,10 +19,9 @@ use crate::{
     command::Command,
     flow::Attribution,
     ids::{ClientId, RelayId, ResourceId},
-    pattern::Pattern,
     portal::{
         ingest_token,
-        messages::{self, Authorize, Egress, IceCredentials, Init, ResourceKind, Secret, UnixSeconds},
+        messages::{self, Authorize, Egress, IceCredentials, Init, Secret, UnixSeconds},
     },
 };
 
@@ -103,14 +102,12 @@ impl Control {
         let expires = authorize.expires_at;
         let resource = authorize.resource.id;
         let attribution = authorize.flow_logs_ingest_token.and_then(|token| attribute(id, resource, token));
-        let is_unmatchable = matches!(&authorize.resource.kind,
-            ResourceKind::Dns { pattern, .. } if Pattern::new(pattern).is_none());
         let client = self.clients.get_mut(&id).expect("connected just now");
         if client.authorizations.grant(authorize.resource, expires, now) == Update::Refused {
             warn!(client = %id, %resource, "A known resource came with another address or type, which is ignored");
         }
         info!(client = %id, %resource, "Access allowed");
-        if is_unmatchable {
+        if client.authorizations.is_unmatchable(resource) {
             warn!(client = %id, %resource, "The resource's address is no pattern: no name will match it");
         }
         client.authorizations.attribute(resource, attribution.clone());

@@ -26,7 +26,8 @@ pub enum Control {
 pub const GOODBYE: [u8; 48] = {
     let mut packet = [0; 48];
     packet[0] = 0x60;
-    packet[5] = HEADER_LEN.to_be_bytes()[size_of::<usize>() - 1];
+    // The payload's length: HEADER_LEN.
+    packet[5] = 8;
     packet[6] = PROTOCOL;
     packet[IP_LEN] = 2;
     packet

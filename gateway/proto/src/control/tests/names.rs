@@ -22,6 +22,11 @@ fn connected() -> World {
     world
 }
 
+fn goodbye(world: &mut World) {
+    let (id, index) = (world.client.id, world.index().unwrap());
+    world.worker_event(WorkerEvent::Goodbye { id, index });
+}
+
 fn assign(world: &mut World, resource: u128, domain: &str) {
     let (id, index) = (world.client.id, world.index().expect("a connection"));
     world.worker_event(WorkerEvent::Assigned { id, index, assigned: assigned(resource, domain) });
@@ -208,19 +213,11 @@ fn what_happens_while_a_name_is_looked_up_counts() {
             None,
         ),
         ("expired", Box::new(|w| w.skip(60 * SECOND)), Some(false)),
-        (
-            "goodbye",
-            Box::new(|w| {
-                let (id, index) = (w.client.id, w.index().unwrap());
-                w.worker_event(WorkerEvent::Goodbye { id, index });
-            }),
-            None,
-        ),
+        ("goodbye", Box::new(goodbye), None),
         (
             "goodbye and back",
             Box::new(|w| {
-                let (id, index) = (w.client.id, w.index().unwrap());
-                w.worker_event(WorkerEvent::Goodbye { id, index });
+                goodbye(w);
                 w.authorize(1);
                 authorize_names(w, 2);
             }),
@@ -229,8 +226,7 @@ fn what_happens_while_a_name_is_looked_up_counts() {
         (
             "goodbye, back, and asked again",
             Box::new(|w| {
-                let (id, index) = (w.client.id, w.index().unwrap());
-                w.worker_event(WorkerEvent::Goodbye { id, index });
+                goodbye(w);
                 w.authorize(1);
                 authorize_names(w, 2);
                 assign(w, 2, "x.net");
