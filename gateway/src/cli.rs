@@ -66,6 +66,18 @@ pub struct Cli {
     #[arg(long, env = "FIREZONE_ALLOW_OWN_IP", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
     pub allow_own_ip: bool,
 
+    /// Further addresses to serve DNS on, besides the tunnel's (ours): an IP address and a port each, separated by commas.
+    /// Whoever reaches them may ask this machine's nameservers.
+    #[arg(
+        long,
+        env = "FIREZONE_DNS_LISTEN",
+        value_parser = one_address,
+        value_delimiter = ',',
+        value_name = "ADDR",
+        help_heading = "Data plane"
+    )]
+    pub dns_listen: Vec<SocketAddr>,
+
     /// Leave net.core.rmem_max and wmem_max as they are.
     #[arg(long, env = "FIREZONE_NO_INC_BUF", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
     pub no_inc_buf: bool,
@@ -124,6 +136,16 @@ fn workers(text: &str) -> Result<usize, String> {
     number.ok_or_else(|| format!("the number of workers must be from 1 to {MAX_WORKERS}"))
 }
 
+/// An address and a port that a socket can be bound to, and only that one: a wildcard would take the tunnel's as well.
+fn one_address(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr =
+        text.trim().parse().map_err(|_| "expected an IP address and a port, like 192.0.2.1:53".to_owned())?;
+    if address.ip().is_unspecified() || address.ip().is_multicast() || address.port() == 0 {
+        return Err("name one address of this machine, and a port above 0".to_owned());
+    }
+    Ok(address)
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -176,6 +198,19 @@ mod tests {
                     "{text}"
                 ),
             }
+        }
+    }
+
+    #[test]
+    fn dns_servers_listen_on_single_addresses() {
+        let two = Cli::parse_from(["firezone-gateway", "--dns-listen=192.0.2.1:53, [::1]:5353"]);
+        assert_eq!(two.dns_listen, ["192.0.2.1:53".parse().unwrap(), "[::1]:5353".parse().unwrap()]);
+        assert_eq!(Cli::parse_from(["firezone-gateway"]).dns_listen, []);
+        for text in
+            ["0.0.0.0:53", "[::]:53", "224.0.0.251:53", "192.0.2.1:0", "192.0.2.1", "localhost:53", ""]
+        {
+            let result = Cli::try_parse_from(["firezone-gateway", &format!("--dns-listen={text}")]);
+            assert!(result.is_err(), "{text}");
         }
     }
 

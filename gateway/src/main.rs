@@ -11,7 +11,7 @@ mod logging;
 mod portal;
 mod runtime;
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser as _;
@@ -57,6 +57,7 @@ struct Prepared {
     allowed: Capabilities,
     health_check_addr: SocketAddr,
     allow_own_ip: bool,
+    dns_listen: BTreeSet<SocketAddr>,
     raise_buffer_limits: bool,
     _lock: InstanceLock,
 }
@@ -96,6 +97,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         allowed: Capabilities::from_env()?,
         health_check_addr: cli.health_check_addr,
         allow_own_ip: cli.allow_own_ip,
+        dns_listen: cli.dns_listen.into_iter().collect(),
         raise_buffer_limits: !cli.no_inc_buf,
         _lock: InstanceLock::acquire(TUN_NAME)?,
     })
@@ -128,7 +130,7 @@ fn run(prepared: Prepared) -> Result<()> {
             allowed: prepared.allowed,
         })?;
         let interface = Interface::new(TUN_NAME)?;
-        let dns = dns::start(data::MARK)?;
+        let dns = dns::start(data::MARK, prepared.dns_listen)?;
         let readiness = Arc::new(Readiness::default());
         tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
         Runtime::new(data, interface, dns, prepared.portal, readiness)?.run().await

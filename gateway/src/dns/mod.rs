@@ -93,12 +93,13 @@ pub struct LookUps {
     results: mpsc::UnboundedReceiver<(DomainName, Resolved)>,
 }
 
-/// Starts the thread, without any server yet. It belongs to the network namespace of the calling thread; sockets
-/// towards nameservers get SO_MARK `mark`.
+/// Starts the thread, with servers on the `further` addresses only; where they cannot listen is told once, and tried
+/// again every 5 s. It belongs to the network namespace of the calling thread; sockets towards nameservers get SO_MARK
+/// `mark`.
 ///
 /// # Errors
 /// There is no thread or no event queue to be had.
-pub fn start(mark: u32) -> Result<(Handle, LookUps)> {
+pub fn start(mark: u32, further: BTreeSet<SocketAddr>) -> Result<(Handle, LookUps)> {
     raise_file_limit();
     let (orders, arriving) = mpsc::unbounded_channel();
     let (end, ended) = oneshot::channel();
@@ -113,7 +114,7 @@ pub fn start(mark: u32) -> Result<(Handle, LookUps)> {
         .spawn(move || {
             // Packets first. Of the calling thread, on Linux; being refused is no harm.
             let _ = rustix::process::nice(NICE);
-            LocalSet::new().block_on(&tokio, run(mark, arriving, asked, found));
+            LocalSet::new().block_on(&tokio, run(mark, further, arriving, asked, found));
             // Nobody waits for it where the daemon ends in a hurry.
             let _ = end.send(());
         })
@@ -148,8 +149,8 @@ fn raise_file_limit() {
 }
 
 impl Handle {
-    /// Makes servers listen on exactly `addresses`, one for UDP and one for TCP on each. Those that listen already are
-    /// left alone, with their connections.
+    /// Makes servers listen on exactly `addresses` and the further ones, one for UDP and one for TCP on each. Those that
+    /// listen already are left alone, with their connections.
     ///
     /// # Errors
     /// An address cannot be bound, three times; or the thread is gone.
@@ -182,6 +183,7 @@ impl LookUps {
 
 async fn run(
     mark: u32,
+    further: BTreeSet<SocketAddr>,
     mut orders: mpsc::UnboundedReceiver<Listen>,
     mut names: mpsc::UnboundedReceiver<DomainName>,
     found: mpsc::UnboundedSender<(DomainName, Resolved)>,
@@ -191,7 +193,7 @@ async fn run(
     forwarder.set_nameservers(ResolvConf::parse("").servers().to_vec());
     let resolver = Arc::new(Resolver::new(Some(mark), resolver::LIMIT));
     let mut files = Files::new(Path::new(RESOLV_CONF), Path::new(HOSTS));
-    let mut servers = Servers::new(Rc::clone(&forwarder));
+    let mut servers = Servers::new(Rc::clone(&forwarder), further);
     let mut look = interval(LOOK_INTERVAL);
     let mut report = interval(REPORT_INTERVAL);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -289,22 +291,30 @@ struct Servers {
     tcp: Vec<Server>,
     /// Where they must listen; they do, but for one that died since the last look.
     wanted: BTreeSet<SocketAddr>,
+    /// Where the operator wants them besides, as soon as there is such an address.
+    further: BTreeSet<SocketAddr>,
+    /// Of these, where they could not at the last look.
+    missing: BTreeSet<SocketAddr>,
     forwarder: Rc<Forwarder>,
     connections: tcp::Open,
 }
 
 impl Servers {
-    fn new(forwarder: Rc<Forwarder>) -> Self {
+    fn new(forwarder: Rc<Forwarder>, further: BTreeSet<SocketAddr>) -> Self {
         let connections = Rc::new(RefCell::new(Connections::new()));
-        Self { udp: Vec::new(), tcp: Vec::new(), wanted: BTreeSet::new(), forwarder, connections }
+        let (wanted, missing) = (BTreeSet::new(), BTreeSet::new());
+        Self { udp: Vec::new(), tcp: Vec::new(), wanted, further, missing, forwarder, connections }
     }
 
     async fn listen(&mut self, addresses: &BTreeSet<SocketAddr>) -> Result<()> {
-        for stale in self.udp.extract_if(.., |server| !addresses.contains(&server.local())) {
+        let further = &self.further;
+        let is_stale =
+            |server: &mut Server| !addresses.contains(&server.local()) && !further.contains(&server.local());
+        for stale in self.udp.extract_if(.., is_stale) {
             tracing::debug!(address = %stale.local(), "The DNS servers move away");
             stale.close().await;
         }
-        for stale in self.tcp.extract_if(.., |server| !addresses.contains(&server.local())) {
+        for stale in self.tcp.extract_if(.., is_stale) {
             stale.close().await;
         }
         for attempt in 1.. {
@@ -335,6 +345,17 @@ impl Servers {
         for address in self.wanted.clone() {
             if let Err(e) = self.bind(address) {
                 tracing::debug!("{e:#}");
+            }
+        }
+        for address in self.further.clone() {
+            match self.bind(address) {
+                Ok(()) => {
+                    self.missing.remove(&address);
+                }
+                Err(e) if self.missing.insert(address) => {
+                    tracing::warn!("{e:#}; trying again every {} s", LOOK_INTERVAL.as_secs());
+                }
+                Err(e) => tracing::debug!("{e:#}"),
             }
         }
     }

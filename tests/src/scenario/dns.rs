@@ -29,6 +29,9 @@ const SECOND: Duration = Duration::from_secs(1);
 const PORT: u16 = 53535;
 /// A second address of the host with the nameservers.
 const OTHER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 67);
+/// The gateway's addresses in the network of its resources.
+const FURTHER: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(172, 20, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0xdb8, 0x20, 0, 0, 0, 0, 1))];
 /// 12 strings of 200 bytes: longer than any UDP answer.
 const LONG: usize = 12;
 
@@ -65,6 +68,13 @@ pub(super) fn queries(cx: &mut Context) -> Result<()> {
         let answers = over_tcp(&mut stream, &[broken, &txt_query(7)])?;
         ensure!(answers[0][..4] == [0xab, 0xcd, 0x81, 0x81], "{server}: {answers:02x?}");
         ensure!(answers[1][..2] == [0, 7] && answers[1].ends_with(b"\x05hello"), "{server}: {answers:02x?}");
+    }
+    // Where the operator wants them besides: for clients a resource like any other, and for the network behind it.
+    for further in FURTHER {
+        for (who, transport) in [(client, "+notcp"), (client, "+tcp"), (&cx.topology.lan, "+notcp")] {
+            let txt = dig(who, further, &["-p", "53", transport, "+short", "_note.lan.test", "TXT"])?;
+            ensure!(txt.trim() == "\"hello\"", "{further} {transport}: {txt}");
+        }
     }
     lab.clients[0].forget_events();
     lab.finish()
@@ -232,11 +242,10 @@ fn ask_until(server: SocketAddr, until: Instant) -> Result<(u32, u32)> {
 
 /// The daemon with `file` as its resolv.conf, and a client that has a route to the tunnel addresses, which are returned.
 fn start(cx: &Context, file: &ResolvConf) -> Result<(Lab, [IpAddr; 2])> {
-    let options = Options {
-        launch: file.launch(cx)?,
-        rust_log: "info,firezone_gateway::dns=debug",
-        ..Options::default()
-    };
+    let mut launch = file.launch(cx)?;
+    let further = FURTHER.map(|ip| SocketAddr::new(ip, 53).to_string()).join(",");
+    launch.environment.push(("FIREZONE_DNS_LISTEN", further));
+    let options = Options { launch, rust_log: "info,firezone_gateway::dns=debug", ..Options::default() };
     let mut lab = Lab::start(cx, &options)?;
     lab.connect(0, &[lan4(), lan6()])?;
     let init = lab.portal.wait_for(SECOND, |entry| entry.to_gateway("init"))?;
