@@ -141,6 +141,14 @@ drop_reasons! {
     HandoverFull => "handover_full",
     /// The way out is full.
     Backpressure => "backpressure",
+    /// The receive ring of a worker's AF_XDP socket was full: the kernel dropped the frame.
+    XskRingFull => "xsk_ring_full",
+    /// A queue's fill ring was empty: the kernel had no frame to receive into.
+    XskStarved => "xsk_starved",
+    /// The kernel dropped a frame on its way into an AF_XDP socket for another reason: it is longer than what we offer.
+    XskRefused => "xsk_refused",
+    /// The kernel did not take what we wrote into a transmit ring.
+    XskTxInvalid => "xsk_tx_invalid",
     /// The budget for generated ICMP messages of this client is used up.
     IcmpBudget => "icmp_budget",
 }
