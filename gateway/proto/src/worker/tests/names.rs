@@ -410,6 +410,27 @@ fn revocation_and_new_filters_act_on_the_next_packet_of_open_sessions() {
 }
 
 #[test]
+fn a_name_that_comes_to_another_resource_is_judged_anew() {
+    let mut world = world();
+    let https = filtered(ID, &[Filter::Tcp { first: 443, last: 443 }]);
+    let connection = Connection::Present(world.client.keys(), Some(direct()));
+    let state = ClientState::new(world.client.tunnel, connection, [https, dns(4, "*.x")].into());
+    let p = |dst| packet(Kind::Tcp, (C4, 40000), (dst, 80));
+    let back = |src| answer(Kind::Tcp, (src, 80), (C4, 40000));
+    for resources in [&[ID][..], &[ID, 4], &[ID], &[4]] {
+        // The resources stay what they are.
+        let names = [domain("git.x", resources, &[(PROXY4, Some(REAL4))])];
+        world.tell_state(with_names(state.clone(), &names));
+        if resources.contains(&4) {
+            goes_out(&mut world, &p(PROXY4), &p(REAL4));
+            comes_in(&mut world, &back(REAL4), &back(PROXY4));
+        } else {
+            is_denied(&mut world, &p(PROXY4), [3, 13], DropReason::NotAllowed);
+        }
+    }
+}
+
+#[test]
 fn three_flows_from_one_port_to_three_names_on_one_address_stay_apart() {
     let mut world = world();
     let proxies = ["100.96.0.1", "100.96.0.2", "100.96.0.3"];

@@ -60,6 +60,8 @@ struct Pair {
     gate: Gate,
     own: Own,
     start: Instant,
+    /// As control has them: what does not change stays the same.
+    resources: Arc<[Resource]>,
     domains: BTreeMap<String, Arc<Domain>>,
     fates: BTreeMap<Summary, u64>,
 }
@@ -86,6 +88,7 @@ impl Pair {
             gate,
             own: Own { addrs: Some(own), allow_all: false },
             start,
+            resources: Arc::default(),
             domains: BTreeMap::new(),
             fates: BTreeMap::new(),
         };
@@ -124,6 +127,7 @@ impl Pair {
         let n = self.random.random_range(1..=9_u128);
         if self.one_in(4) {
             self.reference.resources.remove(&n);
+            self.resources = self.reference.resources.values().cloned().collect();
             return;
         }
         let filters = self.filters();
@@ -138,6 +142,7 @@ impl Pair {
             }
         };
         self.reference.resources.insert(n, Resource { id: resource_id(n), kind });
+        self.resources = self.reference.resources.values().cloned().collect();
     }
 
     /// A name is assigned anew, has other addresses, or is forgotten.
@@ -188,7 +193,6 @@ impl Pair {
         }
         self.reference.rename(names);
         let Some(IpAddr::V4(v4)) = self.reference.tunnel[0] else { panic!("IPv4") };
-        let resources: Vec<Resource> = self.reference.resources.values().cloned().collect();
         let mut domains = BTreeMap::new();
         for (key, name) in &self.reference.names {
             let domain = Domain {
@@ -196,7 +200,6 @@ impl Pair {
                 resources: name.resources.iter().map(|n| resource_id(*n)).collect(),
                 proxies: name.proxies.iter().map(|(proxy, real)| (*proxy, *real)).collect(),
             };
-            // An unchanged one stays the same.
             let kept = self.domains.get(key).filter(|kept| ***kept == domain).cloned();
             domains.insert(key.clone(), kept.unwrap_or_else(|| Arc::new(domain)));
         }
@@ -205,7 +208,7 @@ impl Pair {
         let tunnel = TunnelAddrs { v4, v6: C6.parse().unwrap() };
         let state = ClientState {
             names: Arc::new(names),
-            ..ClientState::new(tunnel, Connection::Absent, resources.into())
+            ..ClientState::new(tunnel, Connection::Absent, Arc::clone(&self.resources))
         };
         let now = self.instant();
         let moved = self.peers.get_mut(self.slot).unwrap().tunnel != tunnel;
