@@ -14,7 +14,7 @@
 //! ```
 //!
 //! A packet of another worker's client leaves its walk where that is found out, see `handover.rs`; how clients come and
-//! go is in `moving.rs`.
+//! go is in `moving.rs`, what they tell us in `hear.rs`.
 //!
 //! Every input is counted exactly once: in [`Counters`] if it was dropped, in [`Traffic`] if it was not.
 
@@ -25,6 +25,7 @@ mod ecn;
 mod events;
 mod handover;
 mod handshake;
+mod hear;
 mod icmp;
 mod inbound;
 pub mod inner;
@@ -54,7 +55,6 @@ use x25519_dalek::StaticSecret;
 
 pub use self::moving::Moved;
 use self::{
-    control_packet::Control,
     demux::{Arrival, Demux},
     events::Events,
     handover::{Origin, Stop, pass},
@@ -62,7 +62,7 @@ use self::{
     moving::Gone,
     outbound::{Own, Verdict},
     peer::Peer,
-    peers::{Entry, Peers},
+    peers::Peers,
     slot::Slot,
     wg::{Act, HANDSHAKE_MAX},
     wheel::{CALM, Wheel},
@@ -72,7 +72,6 @@ use crate::{
     addr::MAX_INNER,
     command::StunDatagram,
     flow::{Meeting, UnixTime},
-    names::AssignedIps,
 };
 
 /// What a worker is started with.
@@ -353,44 +352,6 @@ impl Worker {
             self.traffic.denials += 1;
         }
         Ok(())
-    }
-
-    fn handle_control(
-        &mut self,
-        slot: Slot,
-        control: Control,
-        packet: &[u8],
-        now: Instant,
-    ) -> Result<(), DropReason> {
-        match control {
-            Control::AssignedIps { json_at } => self.handle_assigned(slot, &packet[json_at..], now)?,
-            Control::Goodbye => self.handle_goodbye(slot),
-            Control::Unknown(_) => {}
-        }
-        self.traffic.control += 1;
-        Ok(())
-    }
-
-    #[cold]
-    fn handle_assigned(&mut self, slot: Slot, json: &[u8], now: Instant) -> Result<(), DropReason> {
-        let Some(peer) = self.peers.get_mut(slot) else { return Ok(()) };
-        let Some(index) = peer.link.as_deref().map(|link| link.index) else { return Ok(()) };
-        // Before it is read: reading is what costs.
-        if !peer.take_control(now) {
-            return Err(DropReason::ControlBudget);
-        }
-        let assigned = AssignedIps::parse(json).map(Box::new).ok_or(DropReason::MalformedControl)?;
-        let event = WorkerEvent::Assigned { id: peer.id, index, assigned };
-        if self.events.push(event) { Ok(()) } else { Err(DropReason::ControlQueueFull) }
-    }
-
-    fn handle_goodbye(&mut self, slot: Slot) {
-        // "p2p goodbye from client: peer (all authorisations!) and connection removed immediately"
-        if let Some(peer) = self.peers.remove(slot).and_then(Entry::into_peer)
-            && let Some(link) = peer.link
-        {
-            self.events.push(WorkerEvent::Goodbye { id: peer.id, index: link.index });
-        }
     }
 
     fn handle_stun(&mut self, arrival: &Arrival<'_>) -> Result<(), Stop> {
