@@ -82,6 +82,16 @@ pub struct Cli {
     #[arg(long, env = "FIREZONE_NO_INC_BUF", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
     pub no_inc_buf: bool,
 
+    /// Where flow logs wait until they are uploaded.
+    #[arg(
+        long,
+        env = "FIREZONE_FLOW_LOGS_DIR",
+        default_value = "/var/lib/firezone/flow_logs",
+        value_name = "DIR",
+        help_heading = "Observe"
+    )]
+    pub flow_logs_dir: PathBuf,
+
     /// Format of the log on standard output; RUST_LOG filters it.
     #[arg(long, env = "FIREZONE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Human, value_name = "FORMAT", help_heading = "Observe")]
     pub log_format: LogFormat,

@@ -5,6 +5,7 @@ mod cli;
 mod clock;
 mod data;
 mod dns;
+mod flow_logs;
 mod health;
 mod identity;
 mod logging;
@@ -21,6 +22,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use crate::{
     cli::{Cli, PortalEndpoint},
     data::{BufferSizes, Capabilities, DataPlane, TUN_NAME, interface::Interface, lock::InstanceLock},
+    flow_logs::FlowLogs,
     health::Readiness,
     portal::CaFile,
     runtime::Runtime,
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
 /// Everything that was checked before the machine is touched.
 struct Prepared {
     portal: portal::Client,
+    flow_logs: flow_logs::Config,
     private_key: StaticSecret,
     workers: usize,
     buffers: BufferSizes,
@@ -76,10 +79,17 @@ fn prepare(cli: Cli) -> Result<Prepared> {
     let private_key = StaticSecret::random();
     let public_key = PublicKey::from(&private_key);
     let name = identity::name(cli.firezone_name);
+    let ca_files = ca_files(cli.ca_file);
+    let flow_logs = flow_logs::Config {
+        root: cli.flow_logs_dir,
+        tls: portal::client_config(&ca_files)?,
+        mark: Some(data::MARK),
+        user_agent: portal::user_agent(portal::COMPAT_VERSION),
+    };
     let portal = portal::Client::new(portal::Config {
         login: LoginUrl::new(&cli.api_url, &id, &name, public_key.as_bytes())?,
         token,
-        ca_files: ca_files(cli.ca_file),
+        ca_files,
         max_partition_time: cli.max_partition_time,
         generation: match cli.portal_endpoint {
             PortalEndpoint::Auto => None,
@@ -91,6 +101,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
     })?;
     Ok(Prepared {
         portal,
+        flow_logs,
         private_key,
         workers: cli.workers.unwrap_or_else(one_per_core),
         buffers: BufferSizes::from_env()?,
@@ -131,9 +142,10 @@ fn run(prepared: Prepared) -> Result<()> {
         })?;
         let interface = Interface::new(TUN_NAME)?;
         let dns = dns::start(data::MARK, prepared.dns_listen)?;
+        let flow_logs = FlowLogs::start(prepared.flow_logs)?;
         let readiness = Arc::new(Readiness::default());
         tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
-        Runtime::new(data, interface, dns, prepared.portal, readiness)?.run().await
+        Runtime::new(data, interface, dns, flow_logs, prepared.portal, readiness)?.run().await
     })
 }
 

@@ -18,7 +18,6 @@ use gateway_proto::{
     addr::{TUNNEL_DNS_PORT, TunnelAddrs},
     control::{self, Control},
     names::{DomainName, Resolved},
-    portal::messages::FlowLogs,
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -35,6 +34,7 @@ use crate::{
         interface::{Families, Interface},
     },
     dns,
+    flow_logs::FlowLogs,
     health::Readiness,
     logging::REST,
     portal,
@@ -65,6 +65,7 @@ pub struct Runtime {
     portal_events: mpsc::Receiver<portal::Event>,
     interface: InterfaceTask,
     look_ups: dns::LookUps,
+    flow_logs: FlowLogs,
     readiness: Arc<Readiness>,
     clock_steps: clock::Steps,
     interrupt: Signal,
@@ -84,6 +85,7 @@ impl Runtime {
         data: DataPlane,
         interface: Interface,
         (dns, look_ups): (dns::Handle, dns::LookUps),
+        flow_logs: FlowLogs,
         portal: portal::Client,
         readiness: Arc<Readiness>,
     ) -> Result<Self> {
@@ -111,6 +113,7 @@ impl Runtime {
             portal_events,
             interface,
             look_ups,
+            flow_logs,
             readiness,
             clock_steps,
             interrupt,
@@ -143,10 +146,17 @@ impl Runtime {
                 }
                 Wake::Workers(Ok(events)) => {
                     let now = Instant::now();
-                    events.into_iter().for_each(|event| self.control.handle_worker_event(event, now));
+                    for event in events {
+                        if let Some(event) = log_flow(&mut self.flow_logs, event) {
+                            self.control.handle_worker_event(event, now);
+                        }
+                    }
                 }
                 // There is nobody left to say goodbye with.
-                Wake::Workers(Err(e)) => return Err(e),
+                Wake::Workers(Err(e)) => {
+                    self.flow_logs.close().await;
+                    return Err(e);
+                }
                 Wake::Interface(result) => {
                     if let Err(e) = self.on_interface(result) {
                         break Err(e);
@@ -203,11 +213,9 @@ impl Runtime {
                 control::Event::Interface(addrs) => {
                     self.interface.wanted.send_replace(Some(addrs));
                 }
-                control::Event::FlowLogs(wanted) => note_flow_logs(&wanted),
+                control::Event::FlowLogs(wanted) => self.flow_logs.configure(&wanted),
                 control::Event::Resolve(name) => self.look_ups.resolve(name),
-                control::Event::IngestToken(attribution) => {
-                    tracing::debug!(?attribution, "The portal offers flow-log uploads for an authorization");
-                }
+                control::Event::IngestToken(attribution) => self.flow_logs.token(attribution),
             }
         }
         self.readiness.relay_usable.store(self.control.is_relay_usable(), Ordering::Relaxed);
@@ -311,12 +319,15 @@ impl Runtime {
         );
         self.say_how_it_ends();
         self.portal.close();
-        // Control has nothing left to decide.
-        let (_, closed) = self.data.close().await;
+        // Of what the workers tell last only reports matter: control has nothing left to decide.
+        let (events, closed) = self.data.close().await;
+        for event in events {
+            log_flow(&mut self.flow_logs, event);
+        }
         if let Err(e) = closed {
             tracing::warn!("The data plane did not close cleanly: {e:#}");
         }
-        self.interface.remove().await;
+        tokio::join!(self.interface.remove(), self.flow_logs.close());
         // Closing is polite, not needed: the portal notices a lost connection by itself.
         let closed = async { while self.portal_events.recv().await.is_some() {} };
         let _ = tokio::time::timeout(CLOSE_LIMIT, closed).await;
@@ -330,8 +341,14 @@ async fn sleep_until(deadline: Option<Instant>) {
     }
 }
 
-fn note_flow_logs(wanted: &FlowLogs) {
-    tracing::debug!(interval_secs = wanted.upload_interval_secs, "The portal offers flow-log uploads");
+/// Takes what is for the flow logs, where control has nothing to decide, and gives the rest back.
+fn log_flow(flow_logs: &mut FlowLogs, event: WorkerEvent) -> Option<WorkerEvent> {
+    match event {
+        WorkerEvent::Flow(report) => flow_logs.record(report),
+        WorkerEvent::Denied(report) => flow_logs.denied(report),
+        event => return Some(event),
+    }
+    None
 }
 
 /// Netlink work and then the DNS servers' addresses, off the loop: it always works towards the latest addresses it was

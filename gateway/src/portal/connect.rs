@@ -59,7 +59,7 @@ impl Dialer {
     }
 
     async fn open(&self, addresses: &[IpAddr], generation: Generation) -> Result<WebSocket, Failure> {
-        let tcp = self.dial(addresses).await?;
+        let tcp = dial(&self.login.host(), self.login.port(), addresses, self.mark).await?;
         // A Nov-2025 portal knows the token only as query parameter, and it has no v2.
         let query_token = (generation == Generation::V1).then_some(self.token.as_str());
         let request = Request {
@@ -77,45 +77,49 @@ impl Dialer {
             }
         }
     }
+}
 
-    /// The first address that accepts wins, the others are dropped.
-    async fn dial(&self, addresses: &[IpAddr]) -> Result<TcpStream, Failure> {
-        let port = self.login.port();
-        let mut attempts = FuturesUnordered::new();
-        let mut last = String::new();
-        for ip in addresses {
-            let address = SocketAddr::new(*ip, port);
-            match marked_tcp_socket(address, self.mark) {
-                Ok(socket) => attempts.push(async move { (address, socket.connect(address).await) }),
-                Err(failure @ Failure::Mark(_)) => return Err(failure),
-                // A kernel without IPv6 must not keep us from IPv4.
-                Err(failure) => {
-                    tracing::debug!(%address, %failure, "Cannot dial an address of the portal");
-                    last = failure.to_string();
+/// The first of `host`'s addresses that accepts wins, the others are dropped.
+///
+/// # Errors
+/// None accepts in time, or the socket cannot have its mark.
+pub async fn dial(
+    host: &str,
+    port: u16,
+    addresses: &[IpAddr],
+    mark: Option<u32>,
+) -> Result<TcpStream, Failure> {
+    let mut attempts = FuturesUnordered::new();
+    let mut last = String::new();
+    for ip in addresses {
+        let address = SocketAddr::new(*ip, port);
+        match marked_tcp_socket(address, mark) {
+            Ok(socket) => attempts.push(async move { (address, socket.connect(address).await) }),
+            Err(failure @ Failure::Mark(_)) => return Err(failure),
+            // A kernel without IPv6 must not keep us from IPv4.
+            Err(failure) => {
+                tracing::debug!(host, %address, %failure, "Cannot dial an address");
+                last = failure.to_string();
+            }
+        }
+    }
+    let first = async {
+        while let Some((address, result)) = attempts.next().await {
+            match result {
+                Ok(stream) => return Ok(stream),
+                Err(error) => {
+                    tracing::debug!(host, %address, %error, "An address does not accept");
+                    last = error.to_string();
                 }
             }
         }
-        let first = async {
-            while let Some((address, result)) = attempts.next().await {
-                match result {
-                    Ok(stream) => return Ok(stream),
-                    Err(error) => {
-                        tracing::debug!(%address, %error, "An address of the portal does not accept");
-                        last = error.to_string();
-                    }
-                }
-            }
-            let tried = addresses.len();
-            Err(Failure::Connect(format!(
-                "no address of {} accepts connections on port {port}: {last} ({tried} tried)",
-                self.login.host()
-            )))
-        };
-        let limit = TCP_LIMIT;
-        timeout(limit, first)
-            .await
-            .unwrap_or(Err(Failure::TimedOut { what: "opening a TCP connection", limit }))
-    }
+        let tried = addresses.len();
+        Err(Failure::Connect(format!(
+            "no address of {host} accepts connections on port {port}: {last} ({tried} tried)",
+        )))
+    };
+    let limit = TCP_LIMIT;
+    timeout(limit, first).await.unwrap_or(Err(Failure::TimedOut { what: "opening a TCP connection", limit }))
 }
 
 /// A TCP socket for `address`'s family, without Nagle's delay, marked so that the kernel never routes it into our own
@@ -143,7 +147,10 @@ pub fn marked_tcp_socket(address: SocketAddr, mark: Option<u32>) -> Result<TcpSo
 
 /// The addresses of both families, as the machine knows them now: a changed `/etc/resolv.conf` or `/etc/hosts` counts, and
 /// no answer is older than this attempt. The questions are marked as the connection is.
-async fn resolve(host: &str, mark: Option<u32>) -> Result<Vec<IpAddr>, Failure> {
+///
+/// # Errors
+/// There is no address, or nobody who tells it in time.
+pub async fn resolve(host: &str, mark: Option<u32>) -> Result<Vec<IpAddr>, Failure> {
     if let Ok(ip) = host.parse() {
         return Ok(vec![ip]);
     }

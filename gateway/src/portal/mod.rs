@@ -4,7 +4,7 @@
 //! pumps, [`connect`] resolves, dials and encrypts, [`upgrade`] speaks HTTP, [`tls`] knows the roots, [`user_agent`]
 //! says who we are, [`redact`] keeps secrets out of the wire log. It must not know what a message means.
 
-mod connect;
+pub mod connect;
 mod redact;
 mod task;
 mod tls;
@@ -26,7 +26,8 @@ use rustls_pki_types::ServerName;
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
-pub use tls::CaFile;
+pub use tls::{CaFile, client_config};
+pub use user_agent::user_agent;
 
 /// The version we report. Portals offer a gateway only to clients whose minor version is at most one above and at most
 /// one below its own (portal-protocol.md section 10), counted in upstream's versions: 1.6 serves the 1.5, 1.6 and 1.7
@@ -130,7 +131,7 @@ impl Client {
             false => None,
         };
         let dialer = connect::Dialer {
-            user_agent: user_agent::user_agent(&config.version),
+            user_agent: user_agent(&config.version),
             login: config.login,
             token,
             tls,

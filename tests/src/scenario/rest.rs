@@ -30,6 +30,7 @@ pub fn workers(log: &str) -> Vec<String> {
 const WORKER: &str = "Worker at rest";
 const CONTROL: &str = "Control at rest";
 const PORTAL: &str = "Portal at rest";
+const FLOW_LOGS: &str = "Flow logs at rest";
 
 /// What a value must be.
 #[derive(Debug, Clone, Copy)]
@@ -82,8 +83,12 @@ pub fn check(log: &str, clients: usize) -> Result<()> {
         (CONTROL, "portal_events_most", NotExceed(256)),
         (PORTAL, "commands_waiting", Be(0)),
         (PORTAL, "commands_most", told),
+        // Half of what may wait.
+        (FLOW_LOGS, "orders_waiting", Be(0)),
+        (FLOW_LOGS, "orders_most", NotExceed(5000)),
+        (FLOW_LOGS, "lost", Be(0)),
     ];
-    for part in [WORKER, CONTROL, PORTAL] {
+    for part in [WORKER, CONTROL, PORTAL, FLOW_LOGS] {
         let lines: Vec<&str> = log.lines().filter(|line| line.contains(part)).collect();
         ensure!(!lines.is_empty(), "nobody said \"{part}\"");
         for line in lines {
@@ -120,6 +125,7 @@ portal_events_most=3
 T DEBUG firezone_gateway::rest: Worker at rest worker=0 batches_in_use=0 packets_waiting=0 rings_waiting=0 mail_waiting=0 \
 ring_bytes_most=4096 commands_most=7 outbound_packets=12
 T DEBUG firezone_gateway::rest: Portal at rest commands_waiting=0 commands_most=2
+T DEBUG firezone_gateway::rest: Flow logs at rest orders_waiting=0 orders_most=3 lost=0
 ";
 
     #[test]
@@ -132,6 +138,9 @@ T DEBUG firezone_gateway::rest: Portal at rest commands_waiting=0 commands_most=
             ("mail_waiting=0", "mail_waiting=1"),
             ("ring_bytes_most=4096", "ring_bytes_most=1048577"),
             ("commands_most=7", "commands_most=97"),
+            ("orders_waiting=0", "orders_waiting=1"),
+            ("orders_most=3", "orders_most=5001"),
+            ("lost=0", "lost=1"),
             ("to_workers=0", "to_workers=1"),
             ("to_network=0", "to_network=1"),
             ("to_portal=0", "to_portal=3"),

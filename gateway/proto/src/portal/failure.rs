@@ -193,8 +193,10 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// RFC 9110 section 10.2.3: seconds, or a date (a past one is zero). Anything else is no delay at all.
-fn parse_retry_after(value: &str, unix_now: Duration) -> Option<Duration> {
+/// RFC 9110 section 10.2.3: seconds, or a date (a past one is zero). Anything else is no delay at all. At most
+/// [`MAX_RETRY_AFTER`]. `unix_now` is the time since 1970.
+#[must_use]
+pub fn parse_retry_after(value: &str, unix_now: Duration) -> Option<Duration> {
     let value = value.trim();
     let wanted = if !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit()) {
         // Too many digits for u64 is too long in any case.
