@@ -12,16 +12,23 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use boringtun::noise::{Tunn, TunnResult};
 use gateway_common::{DropReason, channel_data};
 use gateway_proto::{
     ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Passed, ResourceId, Route, Sink, WorkerId,
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Home, Path},
+    flow::{FlowReport, Meeting, UnixTime},
     names::{Domain, DomainName, Names},
-    portal::messages::{Filter, Resource, ResourceKind},
+    portal::{
+        ingest_token,
+        messages::{Filter, Resource, ResourceKind, Secret},
+    },
     worker::{
-        Config, Moved, Worker, inner,
+        Config, Moved, Worker,
+        flows::{Flows, MAX_FLOWS, Occasion, Way},
+        inner,
         nat::{Inbound, Limits, Nat},
     },
 };
@@ -157,6 +164,63 @@ fn looking_at_a_session_in_time_allocates_nothing() {
     // The first session that comes up makes the list of those that did.
     (1..=60).for_each(|second| _ = turn(second));
     assert_eq!((61..1000).map(turn).sum::<u64>(), 0);
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
+fn counting_packets_of_open_flows_allocates_nothing() {
+    let start = Instant::now();
+    let resource = ResourceId(Uuid::from_u128(1));
+    let attributions = [(resource, Arc::new(ingest_token::parse(token()).unwrap()))];
+    let clock = Meeting { unix: UnixTime(Duration::from_secs(1)), at: start };
+    let occasion = Occasion { resource, domain: None, attributions: &attributions, clock };
+    let way = Way { client: Some(remote()), own: local() };
+    let mut flows = Flows::new(ClientId(Uuid::from_u128(1)), 1, MAX_FLOWS, start);
+    let of = |resource| [udp("100.64.2.1", resource, 53), udp(resource, "100.64.2.1", 53)];
+    let stranger = udp("10.0.3.11", "100.64.2.1", 53);
+    let packets = [of("10.0.3.9"), of("10.0.3.10")];
+    let mut reports = 0;
+    let mut turn = |second: u64| {
+        let now = start + Duration::from_secs(second);
+        let mut out = |_: Box<FlowReport>| reports += 1;
+        let before = ALLOCATIONS.get();
+        for [there, back] in &packets {
+            flows.outbound(there, &inner::view(there).unwrap(), way, &occasion, now, &mut out);
+            flows.inbound(back, &inner::view(back).unwrap(), now, &mut out);
+            flows.inbound(&stranger, &inner::view(&stranger).unwrap(), now, &mut out);
+        }
+        flows.handle_timeout(now, &mut out);
+        ALLOCATIONS.get() - before
+    };
+    assert!(turn(0) > 0, "a new flow has to be put somewhere");
+    // The first flow that comes up makes the list of those that did.
+    (1..=200).for_each(|second| _ = turn(second));
+    assert_eq!((201..2000).map(turn).sum::<u64>(), 0);
+    assert_eq!((reports, flows.len()), (2, 2));
+}
+
+/// With all the claims that one must have.
+fn token() -> Secret {
+    let mut claims = serde_json::json!({
+        "iat": 1, "exp": 2, "uploads_enabled": true, "role": "responder",
+        "policy_authorization_id": Uuid::from_u128(1).to_string(),
+    });
+    for name in [
+        "account_id",
+        "initiator_device_id",
+        "responder_device_id",
+        "policy_id",
+        "resource_id",
+        "resource_name",
+        "initiator_actor_id",
+        "initiator_actor_name",
+        "authorized_at",
+        "authorization_expires_at",
+    ] {
+        claims[name] = name.into();
+    }
+    let claims = URL_SAFE_NO_PAD.encode(claims.to_string());
+    Secret(Zeroizing::new(format!("e30.{claims}.c2ln")))
 }
 
 /// Reservations come from two fixed buffers.

@@ -23,6 +23,7 @@ mod control_packet;
 mod demux;
 mod ecn;
 mod events;
+pub mod flows;
 mod handover;
 mod handshake;
 mod hear;

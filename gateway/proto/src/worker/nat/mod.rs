@@ -13,7 +13,7 @@
 //! Hits allocate nothing. No clock is read: `now` comes in, and must not go backwards by much.
 
 mod expired;
-mod expiry;
+pub(super) mod expiry;
 mod fifo;
 #[cfg(test)]
 mod garbage;
