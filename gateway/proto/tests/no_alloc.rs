@@ -16,7 +16,8 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use boringtun::noise::{Tunn, TunnResult};
 use gateway_common::{DropReason, channel_data};
 use gateway_proto::{
-    ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Passed, ResourceId, Route, Sink, WorkerId,
+    ClientId, Command, ConnectionIndex, Datagram, Ecn, Handover, Passed, ResourceId, Route, Sink,
+    WorkerEvent, WorkerId,
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Home, Path},
     flow::{FlowReport, Meeting, UnixTime},
@@ -37,12 +38,16 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 const ROUNDS: usize = 2000;
+/// A multiple of what the rounds repeat.
+const WARM: usize = 120;
 const CHANNEL: u16 = 0x4001;
+/// Is the client behind a channel, and are its flows counted?
+const CASES: [[bool; 2]; 4] = [[false, false], [true, false], [false, true], [true, true]];
 
 #[test]
 fn packets_of_an_established_session_allocate_nothing() {
-    for relayed in [false, true] {
-        let mut setup = Setup::new(relayed);
+    for [relayed, accounted] in CASES {
+        let mut setup = Setup::new(relayed, accounted);
         let client = "100.64.2.1";
         let outbound = [
             (udp(client, "10.0.3.9", 53), 1_u64),
@@ -61,12 +66,13 @@ fn packets_of_an_established_session_allocate_nothing() {
         *junk.last_mut().unwrap() ^= 1;
         datagrams.push(junk);
         let mut packets: Vec<Vec<u8>> = (0..ROUNDS).map(|n| inbound[n % inbound.len()].0.clone()).collect();
-        // The first activity event grows no queue, the first use of a channel no list; yet let them be over.
-        setup.run(&datagrams[..10], &mut packets[..10]);
+        // The first activity event grows no queue, the first use of a channel no list; yet let them be over, and the
+        // denied packets that are told.
+        setup.run(&datagrams[..WARM], &mut packets[..WARM]);
 
         let before = ALLOCATIONS.get();
-        setup.run(&datagrams[10..], &mut packets[10..]);
-        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}");
+        setup.run(&datagrams[WARM..], &mut packets[WARM..]);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}, accounted: {accounted}");
 
         let traffic = setup.worker.traffic();
         let (out, back) = if relayed {
@@ -80,13 +86,14 @@ fn packets_of_an_established_session_allocate_nothing() {
         assert_eq!(setup.worker.counters().get(DropReason::DataForged), 1);
         assert_eq!(setup.sink.packets, out.packets);
         assert_eq!(setup.sink.datagrams, back.packets + traffic.denials);
+        assert_eq!(setup.flows(), usize::from(accounted));
     }
 }
 
 #[test]
 fn packets_on_their_way_between_workers_allocate_nothing() {
-    for relayed in [false, true] {
-        let mut setup = Setup::new(relayed);
+    for [relayed, accounted] in CASES {
+        let mut setup = Setup::new(relayed, accounted);
         let mut stranger = setup.worker_of(1);
         let outbound = udp("100.64.2.1", "10.0.3.9", 53);
         let mut inbound = udp("10.0.3.9", "100.64.2.1", 53);
@@ -106,7 +113,7 @@ fn packets_on_their_way_between_workers_allocate_nothing() {
         pass(&mut setup, &datagrams[0]);
         let before = ALLOCATIONS.get();
         datagrams[1..].iter().for_each(|payload| pass(&mut setup, payload));
-        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}");
+        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}, accounted: {accounted}");
         let rounds = ROUNDS as u64;
         assert_eq!(
             (setup.sink.passed, setup.sink.packets, setup.sink.datagrams),
@@ -117,8 +124,8 @@ fn packets_on_their_way_between_workers_allocate_nothing() {
 
 #[test]
 fn packets_of_a_translated_session_allocate_nothing() {
-    for relayed in [false, true] {
-        let mut setup = Setup::new(relayed);
+    for [relayed, accounted] in CASES {
+        let mut setup = Setup::new(relayed, accounted);
         let (client, real) = ("100.64.2.1", "172.20.0.100");
         // The second name shares the address of the first: its session has another port outside.
         let outbound =
@@ -128,10 +135,10 @@ fn packets_of_a_translated_session_allocate_nothing() {
         let inbound = [udp(real, client, 53), second, udp(real, client, 55)];
         let datagrams: Vec<Vec<u8>> = (0..ROUNDS).map(|n| setup.seal(&outbound[n % 3])).collect();
         let mut packets: Vec<Vec<u8>> = (0..ROUNDS).map(|n| inbound[n % 3].clone()).collect();
-        setup.run(&datagrams[..12], &mut packets[..12]);
+        setup.run(&datagrams[..WARM], &mut packets[..WARM]);
         let before = ALLOCATIONS.get();
-        setup.run(&datagrams[12..], &mut packets[12..]);
-        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}");
+        setup.run(&datagrams[WARM..], &mut packets[WARM..]);
+        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}, accounted: {accounted}");
         let pass = (ROUNDS as u64 * 2).div_ceil(3);
         assert_eq!(setup.sink.packets, pass);
         let counters = setup.worker.counters();
@@ -141,6 +148,7 @@ fn packets_of_a_translated_session_allocate_nothing() {
         );
         assert_eq!(counters.get(DropReason::InboundNotAllowed), ROUNDS as u64 - pass);
         assert_eq!(setup.sink.datagrams, pass + setup.worker.traffic().denials);
+        assert_eq!(setup.flows(), if accounted { 2 } else { 0 });
     }
 }
 
@@ -173,7 +181,7 @@ fn counting_packets_of_open_flows_allocates_nothing() {
     let resource = ResourceId(Uuid::from_u128(1));
     let attributions = [(resource, Arc::new(ingest_token::parse(token()).unwrap()))];
     let clock = Meeting { unix: UnixTime(Duration::from_secs(1)), at: start };
-    let occasion = Occasion { resource, domain: None, attributions: &attributions, clock };
+    let occasion = Occasion { resource, domain: &|| None, attributions: &attributions, clock };
     let way = Way { client: Some(remote()), own: local() };
     let mut flows = Flows::new(ClientId(Uuid::from_u128(1)), 1, MAX_FLOWS, start);
     let of = |resource| [udp("100.64.2.1", resource, 53), udp(resource, "100.64.2.1", 53)];
@@ -269,24 +277,25 @@ struct Setup {
     sink: FixedSink,
     client: Tunn,
     relayed: bool,
+    accounted: bool,
     now: Instant,
 }
 
 impl Setup {
     #[expect(clippy::disallowed_methods, reason = "a test needs some instant to count from")]
-    fn new(relayed: bool) -> Self {
+    fn new(relayed: bool, accounted: bool) -> Self {
         let now = Instant::now();
         let gateway = PublicKey::from(&StaticSecret::from([7; 32]));
         let client = Tunn::new(StaticSecret::from([8; 32]), gateway, Some([9; 32]), None, 77, None);
-        let worker = worker(0, relayed, now);
-        let mut setup = Self { worker, sink: FixedSink::new(), client, relayed, now };
+        let worker = worker(0, relayed, accounted, now);
+        let mut setup = Self { worker, sink: FixedSink::new(), client, relayed, accounted, now };
         setup.handshake();
         setup
     }
 
     /// Another of the workers, which knows the same.
     fn worker_of(&self, id: usize) -> Worker {
-        worker(id, self.relayed, self.now)
+        worker(id, self.relayed, self.accounted, self.now)
     }
 
     fn from(&self) -> SocketAddr {
@@ -327,6 +336,12 @@ impl Setup {
         [&channel_data::header(CHANNEL, message.len()).unwrap()[..], message].concat()
     }
 
+    /// Flows that began.
+    fn flows(&mut self) -> usize {
+        let events = std::iter::from_fn(|| self.worker.poll_event());
+        events.filter(|event| matches!(event, WorkerEvent::Flow(_))).count()
+    }
+
     fn run(&mut self, datagrams: &[Vec<u8>], packets: &mut [Vec<u8>]) {
         let from = self.from();
         let batch = datagrams.iter().map(|payload| Datagram { local: local(), from, ecn: Ecn::Ce, payload });
@@ -336,7 +351,7 @@ impl Setup {
 }
 
 /// One of two workers; the client is the first one's.
-fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
+fn worker(id: usize, relayed: bool, accounted: bool, now: Instant) -> Worker {
     let private_key = StaticSecret::from([7; 32]);
     let public_key = *PublicKey::from(&StaticSecret::from([8; 32])).as_bytes();
     let mut worker = Worker::new(Config {
@@ -374,8 +389,16 @@ fn worker(id: usize, relayed: bool, now: Instant) -> Worker {
     let tunnel =
         TunnelAddrs { v4: "100.64.2.1".parse().unwrap(), v6: "fd00:2021:1111::2:1".parse().unwrap() };
     let connection = Connection::Present(Arc::new(keys), Some(path));
-    let state = ClientState { names: names(), ..ClientState::new(tunnel, connection, resources.into()) };
+    let attribution = Arc::new(ingest_token::parse(token()).unwrap());
+    let attributions = resources.iter().map(|resource| (resource.id, Arc::clone(&attribution))).collect();
+    let state = ClientState {
+        names: names(),
+        attributions,
+        ..ClientState::new(tunnel, connection, resources.into())
+    };
     for command in [
+        Command::Accounting { on: accounted },
+        Command::WallClock(Meeting { unix: UnixTime(Duration::from_secs(1)), at: now }),
         Command::Relays([server()].into()),
         Command::Channel { server: server(), number: CHANNEL, peer: Some(remote()) },
         Command::Client {

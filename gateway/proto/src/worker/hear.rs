@@ -19,7 +19,7 @@ impl Worker {
     ) -> Result<(), DropReason> {
         match control {
             Control::AssignedIps { json_at } => self.handle_assigned(slot, &packet[json_at..], now)?,
-            Control::Goodbye => self.handle_goodbye(slot),
+            Control::Goodbye => self.handle_goodbye(slot, now),
             Control::Unknown(_) => {}
         }
         self.traffic.control += 1;
@@ -39,12 +39,12 @@ impl Worker {
         if self.events.push(event) { Ok(()) } else { Err(DropReason::ControlQueueFull) }
     }
 
-    fn handle_goodbye(&mut self, slot: Slot) {
+    fn handle_goodbye(&mut self, slot: Slot, now: Instant) {
         // "p2p goodbye from client: peer (all authorisations!) and connection removed immediately"
-        if let Some(peer) = self.peers.remove(slot).and_then(Entry::into_peer)
-            && let Some(link) = peer.link
-        {
+        let Some(peer) = self.peers.remove(slot).and_then(Entry::into_peer) else { return };
+        if let Some(link) = &peer.link {
             self.events.push(WorkerEvent::Goodbye { id: peer.id, index: link.index });
         }
+        self.retire(peer, now);
     }
 }

@@ -25,15 +25,15 @@ use super::{
 };
 use crate::addr;
 
-/// The client that gets the packet. One that belongs to a session is translated; any other, and one for another worker, is
-/// as it was.
+/// The client that gets the packet, and the packet's view as the resource sent it if that client's flows are counted. One
+/// that belongs to a session is translated; any other, and one for another worker, is as it was.
 #[inline]
 pub fn decide<'a>(
     peers: &'a mut Peers,
     packet: &mut [u8],
     own: Own,
     now: Instant,
-) -> Result<&'a mut Peer, Stop> {
+) -> Result<(&'a mut Peer, Option<Inner>), Stop> {
     let mut inner = inner::view(packet)?;
     if !addr::is_tunnel(inner.dst) {
         return Err(DropReason::NotAPeer.into());
@@ -43,7 +43,7 @@ pub fn decide<'a>(
     // Answers of our DNS server and echo replies; ICMP errors of our own kernel are like those of any router.
     let ours = own.addrs.is_some_and(|addrs| addrs.contains(inner.src));
     if ours && inner.transport != Transport::IcmpError {
-        return Ok(peer);
+        return Ok((peer, None));
     }
     if addr::is_tunnel(inner.src) && !ours {
         return Err(DropReason::TunnelSource.into());
@@ -55,7 +55,7 @@ pub fn decide<'a>(
     match inner.transport {
         Transport::IcmpError => {
             decide_error(peer, packet, &mut inner, ours, now)?;
-            return Ok(peer);
+            return Ok((peer, None));
         }
         // Timestamps are answers like echoes. Redirects, discovery and the like are between neighbours.
         Transport::Icmp(kind) if !(inner.src.is_ipv4() && matches!(kind, 13 | 14)) => {
@@ -63,6 +63,7 @@ pub fn decide<'a>(
         }
         _ => {}
     }
+    let sent = peer.flows.is_some().then_some(inner);
     let translated = match &mut peer.nat {
         Some(nat) => is_translated(nat.inbound(packet, &mut inner, now))?,
         None => false,
@@ -71,7 +72,7 @@ pub fn decide<'a>(
     let decision =
         if translated { peer.decide_proxy(inner.src, class) } else { peer.policy.decide(inner.src, class) };
     match decision {
-        Decision::Permitted(_) => Ok(peer),
+        Decision::Permitted(_) => Ok((peer, sent)),
         Decision::Denied | Decision::Private => Err(DropReason::InboundNotAllowed.into()),
     }
 }

@@ -10,14 +10,17 @@
 //!                          |   \-> handshake (admit) -> wg -> send (message)
 //!                          \-> events: STUN to control
 //! inbound    packet from the TUN -> inbound (nat, decide) -> send (seal: wg, ecn) -> Sink: datagram
-//! time       wheel -> nat (end sessions), wg (tick) -> send (message)
+//! time       wheel -> nat (end sessions), flows (close), wg (tick) -> send (message)
 //! ```
+//!
+//! What a client sent and gets is counted at the end of its walk (`account.rs`), where that is wanted.
 //!
 //! A packet of another worker's client leaves its walk where that is found out, see `handover.rs`; how clients come and
 //! go is in `moving.rs`, what they tell us in `hear.rs`.
 //!
 //! Every input is counted exactly once: in [`Counters`] if it was dropped, in [`Traffic`] if it was not.
 
+mod account;
 mod bucket;
 mod control_packet;
 mod demux;
@@ -56,6 +59,7 @@ use x25519_dalek::StaticSecret;
 
 pub use self::moving::Moved;
 use self::{
+    account::Passing,
     demux::{Arrival, Demux},
     events::Events,
     handover::{Origin, Stop, pass},
@@ -114,6 +118,8 @@ pub struct Traffic {
     pub denials: u64,
     /// Answers about names sent. They answer control packets.
     pub answers: u64,
+    /// Reports of flows that control's queue had no room for. They are about packets that are counted elsewhere.
+    pub flow_reports_lost: u64,
 }
 
 /// Inner packets passed on.
@@ -173,8 +179,8 @@ impl Worker {
             Command::Client { id, home, desired } => self.place(id, home, desired, now, sink),
             Command::Relays(servers) => self.demux.set_relays(&servers),
             Command::Channel { server, number, peer } => self.demux.set_channel((server, number), peer),
-            Command::Accounting { on } => self.accounting = on,
-            Command::WallClock(clock) => self.clock = Some(clock),
+            Command::Accounting { on } => self.set_accounting(on, now),
+            Command::WallClock(clock) => self.set_clock(clock, now),
             Command::Shutdown => {
                 for peer in self.peers.drain() {
                     self.say_goodbye(peer, now, sink);
@@ -313,19 +319,28 @@ impl Worker {
         };
         tell_activity(peer, index, &mut self.events, now);
 
-        match outbound::decide(peer, packet, self.own) {
-            Verdict::ToTun => {}
-            Verdict::Translate(real, mut inner) => peer.translate(packet, &mut inner, real, now)?,
+        let passing = match outbound::decide(peer, packet, self.own) {
+            Verdict::ToTun(by, view) => Passing { by, proxy: None, view },
+            Verdict::Translate(real, by, mut view) => {
+                let proxy = Some(view.dst);
+                peer.translate(packet, &mut view, real, now)?;
+                Passing { by: Some(by), proxy, view }
+            }
             Verdict::Control(control) => return Ok(self.handle_control(slot, control, packet, now)?),
             Verdict::Drop(reason) => return Err(reason.into()),
             Verdict::Deny(denial, reason, inner) => {
                 let mut reply = [0; MAX_INNER];
                 let len = icmp::deny(denial, packet, &inner, &mut reply);
+                self.tell_denied(slot, &inner, reason, now);
                 self.deny(slot, &reply[..len], now, sink)?;
                 return Err(reason.into());
             }
-        }
+        };
         ecn::merge(arrival.datagram.ecn, packet);
+        if peer.flows.is_some() {
+            let out = account::told(&mut self.events, &mut self.traffic);
+            account::outbound(peer, packet, &passing, arrival, self.clock, now, out);
+        }
         let len = packet.len();
         sink.commit_packet(len);
         let relayed = arrival.via().is_some();
@@ -482,11 +497,22 @@ impl Worker {
 
     #[inline(never)]
     fn handle_packet(&mut self, packet: &mut [u8], now: Instant, sink: &mut impl Sink) -> Result<(), Stop> {
-        let peer = inbound::decide(&mut self.peers, packet, self.own, now)?;
+        let (peer, sent) = match inbound::decide(&mut self.peers, packet, self.own, now) {
+            Ok(found) => found,
+            Err(stop) => {
+                if stop == Stop::Drop(DropReason::InboundNotAllowed) {
+                    self.tell_denied_inbound(packet, DropReason::InboundNotAllowed, now);
+                }
+                return Err(stop);
+            }
+        };
         let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
         let index = link.index;
         let relayed = send::seal(link, packet, &mut self.demux, now, sink)?;
         tell_activity(peer, index, &mut self.events, now);
+        if sent.is_some() {
+            account::inbound(peer, packet, sent, now, account::told(&mut self.events, &mut self.traffic));
+        }
         let volume =
             if relayed { &mut self.traffic.inbound_relayed } else { &mut self.traffic.inbound_direct };
         volume.add(packet.len());
@@ -495,10 +521,13 @@ impl Worker {
 
     // Time and commands.
 
-    /// WireGuard's timers and the sessions of one client, and when they are looked at next.
+    /// WireGuard's timers, the sessions and the flows of one client, and when they are looked at next.
     fn run_timers(&mut self, slot: Slot, now: Instant, sink: &mut impl Sink) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let mut ticks = if peer.end_sessions(now) { 1 } else { CALM };
+        if let Some(flows) = &mut peer.flows {
+            flows.handle_timeout(now, &mut account::told(&mut self.events, &mut self.traffic));
+        }
         if let Some(link) = peer.link.as_deref_mut() {
             let mut out = [0; HANDSHAKE_MAX];
             match link.wg.tick(&mut out, now) {
@@ -530,6 +559,7 @@ impl Worker {
             // A client that cannot be told finds out by its own timers.
             let _ = send::seal(link, &control_packet::GOODBYE, &mut self.demux, now, sink);
         }
+        self.retire(peer, now);
     }
 }
 

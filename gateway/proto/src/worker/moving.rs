@@ -107,7 +107,10 @@ impl Worker {
                     self.hold(id, order, &state, now, sink);
                 }
                 // What is here in spite of that is of an earlier life.
-                (Some(from), _) => drop(self.point(id, from, true, order, state)),
+                (Some(from), _) => {
+                    let old = self.point(id, from, true, order, state);
+                    self.retire_entry(old, now);
+                }
             }
             return;
         }
@@ -117,6 +120,8 @@ impl Worker {
         if asked && !answered {
             let peer = old.and_then(Entry::into_peer);
             sink.give(home.worker, Moved { id, order, state, peer });
+        } else {
+            self.retire_entry(old, now);
         }
     }
 
@@ -129,7 +134,10 @@ impl Worker {
                 state = Arc::clone(&there.state);
             }
             // Of an earlier life: what control wants now was made without it.
-            Some(entry) if entry.order() >= order => return,
+            Some(entry) if entry.order() >= order => {
+                self.retire_entry(peer.map(Entry::Here), now);
+                return;
+            }
             None if self.gone.covers(id, order) => {
                 if let Some(peer) = peer {
                     self.say_goodbye(peer, now, sink);
@@ -141,7 +149,8 @@ impl Worker {
         }
         if let Some(mut peer) = peer {
             peer.order = order;
-            let (slot, _) = self.peers.put(Entry::Here(peer));
+            let (slot, old) = self.peers.put(Entry::Here(peer));
+            self.retire_entry(old, now);
             // Whatever its timers were about, they look at it soon.
             self.schedule(slot, 1, now);
         }
@@ -152,6 +161,9 @@ impl Worker {
     /// The client is here and is to be `state`.
     fn hold(&mut self, id: ClientId, order: u64, state: &ClientState, now: Instant, sink: &mut impl Sink) {
         let slot = self.peers.by_id(id).filter(|slot| self.peers.get_mut(*slot).is_some());
+        if let Some(slot) = slot {
+            self.on_tunnel(slot, state.tunnel, now);
+        }
         let (slot, connected) = match slot {
             Some(slot) => {
                 let apply = |entry: &mut Entry| match entry {
@@ -174,6 +186,7 @@ impl Worker {
             self.spread = self.spread.wrapping_add(1);
             self.schedule(slot, 1 + self.spread % CALM, now);
         }
+        self.account(slot, now);
         self.send_held(slot, now, sink);
         self.send_answers(slot, now, sink);
     }

@@ -12,15 +12,18 @@ use super::{
     peer::Peer,
     policy::{Class, Decision},
 };
-use crate::addr::{self, TUNNEL_DNS_PORT, TunnelAddrs};
+use crate::{
+    addr::{self, TUNNEL_DNS_PORT, TunnelAddrs},
+    ids::ResourceId,
+};
 
 /// What becomes of it.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// To the TUN device, as it is.
-    ToTun,
-    /// To the TUN device, translated: to the address behind the proxy address.
-    Translate(IpAddr, Inner),
+    /// To the TUN device, as it is; let through by this resource, unless it is for ourselves.
+    ToTun(Option<ResourceId>, Inner),
+    /// To the TUN device, translated: to the address behind the proxy address. Let through by this resource.
+    Translate(IpAddr, ResourceId, Inner),
     /// Ours.
     Control(Control),
     /// Gone, silently.
@@ -63,11 +66,10 @@ pub fn decide(peer: &mut Peer, packet: &[u8], own: Own) -> Verdict {
     }
     if own.addrs.is_some_and(|addrs| addrs.contains(inner.dst)) {
         return match inner.transport {
-            _ if own.allow_all => Verdict::ToTun,
-            Transport::Udp { dst: TUNNEL_DNS_PORT, .. } | Transport::Tcp { dst: TUNNEL_DNS_PORT, .. } => {
-                Verdict::ToTun
-            }
-            Transport::IcmpEcho => Verdict::ToTun,
+            _ if own.allow_all => Verdict::ToTun(None, inner),
+            Transport::Udp { dst: TUNNEL_DNS_PORT, .. }
+            | Transport::Tcp { dst: TUNNEL_DNS_PORT, .. }
+            | Transport::IcmpEcho => Verdict::ToTun(None, inner),
             _ => denied(Denial::Prohibited, DropReason::OwnAddressPort),
         };
     }
@@ -79,15 +81,15 @@ pub fn decide(peer: &mut Peer, packet: &[u8], own: Own) -> Verdict {
         // A proxy address that nobody assigned is prohibited like one whose resource is revoked: the client then asks
         // for an authorisation, and that is how it finds its names again after a restart of ours.
         return match peer.decide_proxy(inner.dst, class) {
-            Decision::Permitted(_) => match peer.proxies.get(inner.dst).and_then(|proxy| proxy.real) {
-                Some(real) => Verdict::Translate(real, inner),
+            Decision::Permitted(by) => match peer.proxies.get(inner.dst).and_then(|proxy| proxy.real) {
+                Some(real) => Verdict::Translate(real, by, inner),
                 None => denied(Denial::Unreachable, DropReason::NoTranslation),
             },
             Decision::Denied | Decision::Private => denied(Denial::Prohibited, DropReason::NotAllowed),
         };
     }
     match peer.policy.decide(inner.dst, class) {
-        Decision::Permitted(_) => Verdict::ToTun,
+        Decision::Permitted(by) => Verdict::ToTun(Some(by), inner),
         Decision::Denied => denied(Denial::Prohibited, DropReason::NotAllowed),
         Decision::Private => denied(Denial::Unreachable, DropReason::PrivateDestination),
     }

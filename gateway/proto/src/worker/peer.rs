@@ -10,7 +10,9 @@ use std::{
 use gateway_common::DropReason;
 
 use super::{
+    account::Denials,
     bucket::{Bucket, Rate},
+    flows::Flows,
     handshake::Gate,
     inner::Inner,
     names::ProxyTable,
@@ -22,6 +24,7 @@ use super::{
 use crate::{
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Path},
+    flow::Attributions,
     ids::{ClientId, ConnectionIndex},
     names::{Answer, Names},
     portal::messages::Resource,
@@ -43,6 +46,12 @@ pub struct Peer {
     pub proxies: ProxyTable,
     /// Translates what goes there; made for the first packet.
     pub nat: Option<Box<Nat>>,
+    /// What its flows carry, while that is counted.
+    pub flows: Option<Box<Flows>>,
+    /// Whom they are attributed to.
+    pub attributions: Attributions,
+    /// What is told of its packets that are denied.
+    pub denials: Denials,
     /// A random number of its own.
     seed: u64,
     /// What `proxies` was made from, and the answers about it.
@@ -98,6 +107,9 @@ impl Peer {
             resources: Arc::clone(&state.resources),
             proxies,
             nat: None,
+            flows: None,
+            attributions: Arc::clone(&state.attributions),
+            denials: Denials::default(),
             seed,
             names: Arc::clone(&state.names),
             // These are answers to questions of an earlier life of the client.
@@ -132,6 +144,7 @@ impl Peer {
             self.rename(state, now);
         }
         self.names = Arc::clone(&state.names);
+        self.attributions = Arc::clone(&state.attributions);
         self.connect(&state.connection, gate)
     }
 
@@ -197,7 +210,9 @@ impl Peer {
 
     /// Does something of it end by time?
     pub fn is_timed(&self) -> bool {
-        self.link.is_some() || self.nat.as_ref().is_some_and(|nat| nat.poll_timeout().is_some())
+        self.link.is_some()
+            || self.nat.as_ref().is_some_and(|nat| nat.poll_timeout().is_some())
+            || self.flows.as_ref().is_some_and(|flows| flows.poll_timeout().is_some())
     }
 
     fn connect(&mut self, connection: &Connection, gate: &Gate) -> bool {

@@ -116,6 +116,11 @@ impl Peers {
         self.remotes.slots.get(&remote).copied()
     }
 
+    /// Every slot there is, taken or not.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
+        (0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX)).map(Slot)
+    }
+
     /// The client at `slot` if this worker holds it.
     #[inline]
     pub fn get_mut(&mut self, slot: Slot) -> Option<&mut Peer> {

@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, Instant},
 };
 
@@ -18,7 +18,11 @@ use crate::{
     WorkerEvent, WorkerId,
     addr::TunnelAddrs,
     command::{ClientState, Connection, ConnectionKeys, Path},
-    portal::messages::{Filter, Resource, ResourceKind},
+    flow::{Attribution, Attributions},
+    portal::{
+        ingest_token::{self, tests::token_of},
+        messages::{Filter, Resource, ResourceKind},
+    },
 };
 
 pub const LOCAL: &str = "192.0.2.1:52625";
@@ -422,6 +426,13 @@ pub fn addr(text: &str) -> SocketAddr {
 
 pub fn resource_id(n: u128) -> ResourceId {
     ResourceId(Uuid::from_u128(n))
+}
+
+/// Each of these resources has a token.
+pub fn attributions(resources: &[u128]) -> Attributions {
+    static ATTRIBUTION: LazyLock<Arc<Attribution>> =
+        LazyLock::new(|| Arc::new(ingest_token::parse(token_of(&ingest_token::tests::claims())).unwrap()));
+    resources.iter().map(|n| (resource_id(*n), Arc::clone(&ATTRIBUTION))).collect()
 }
 
 pub fn cidr(n: u128, network: &str, filters: &[Filter]) -> Resource {

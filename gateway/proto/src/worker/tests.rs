@@ -4,6 +4,7 @@ mod answers;
 mod changes;
 mod fleet;
 mod floods;
+mod flows;
 mod garbage;
 mod handovers;
 mod model;

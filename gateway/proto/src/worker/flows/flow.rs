@@ -65,7 +65,7 @@ impl Flow {
             id,
             resource: occasion.resource,
             attribution: Arc::clone(attribution),
-            domain: occasion.domain.cloned(),
+            domain: (occasion.domain)(),
             start,
             opened: now,
             last: now,

@@ -78,12 +78,12 @@ pub struct Way {
 }
 
 /// What is asked for only when a flow opens.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Occasion<'a> {
     /// By which resource the packet was let through.
     pub resource: ResourceId,
-    /// The name that its destination was before the translation.
-    pub domain: Option<&'a DomainName>,
+    /// Finds the name that its destination was before the translation, if there was one.
+    pub domain: &'a dyn Fn() -> Option<DomainName>,
     /// The client's, ascending by resource. A flow to a resource without one is not accounted.
     pub attributions: &'a [(ResourceId, Arc<Attribution>)],
     /// What the wall clock shows.

@@ -241,7 +241,12 @@ fn walk(seed: u64, steps: usize) -> usize {
         let domain = domain.as_ref().filter(|_| v6);
         if outbound {
             let clock = Meeting { unix: unix(0), at: start };
-            let occasion = Occasion { resource: resource(by), domain, attributions: &ATTRIBUTIONS, clock };
+            let occasion = Occasion {
+                resource: resource(by),
+                domain: &|| domain.cloned(),
+                attributions: &ATTRIBUTIONS,
+                clock,
+            };
             flows.outbound(&packet, &view, way(number), &occasion, at, &mut out);
             model.outbound(&seen, resource(by), domain, way(number), now);
         } else {

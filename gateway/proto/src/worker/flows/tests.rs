@@ -137,7 +137,7 @@ impl World {
                 let view = inner::view(&packet).unwrap();
                 let occasion = Occasion {
                     resource: self.resource,
-                    domain: self.domain.as_ref(),
+                    domain: &|| self.domain.clone(),
                     attributions: &ATTRIBUTIONS,
                     clock: self.clock,
                 };
@@ -387,8 +387,12 @@ fn what_is_neither_tcp_nor_udp_is_not_accounted() {
     };
     let view = inner::view(&echo).unwrap();
     assert_eq!(view.transport, Transport::IcmpEcho);
-    let occasion =
-        Occasion { resource: world.resource, domain: None, attributions: &ATTRIBUTIONS, clock: world.clock };
+    let occasion = Occasion {
+        resource: world.resource,
+        domain: &|| None,
+        attributions: &ATTRIBUTIONS,
+        clock: world.clock,
+    };
     let mut none = |report: Box<FlowReport>| panic!("{report:?}");
     world.flows.outbound(&echo, &view, way(1), &occasion, world.now, &mut none);
     world.flows.inbound(&echo, &view, world.now, &mut none);

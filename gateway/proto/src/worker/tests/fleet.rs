@@ -17,7 +17,12 @@ use super::{
     super::{Config, Moved, Worker, peers::Entry},
     *,
 };
-use crate::{ClientId, Datagram, Handover, Route, WorkerId, addr::TunnelAddrs, command::Home};
+use crate::{
+    ClientId, Datagram, Handover, Route, WorkerId,
+    addr::TunnelAddrs,
+    command::Home,
+    flow::{Meeting, UnixTime},
+};
 
 pub struct Fleet {
     pub nodes: Vec<Node>,
@@ -95,6 +100,12 @@ impl Fleet {
     pub fn tell(&mut self, command: Command) {
         self.post(&command, 0);
         (0..self.nodes.len()).for_each(|n| self.hear(n));
+    }
+
+    /// Flows are counted from now on.
+    pub fn account(&mut self) {
+        self.tell(Command::Accounting { on: true });
+        self.tell(Command::WallClock(Meeting { unix: UnixTime(Duration::from_secs(1 << 30)), at: self.now }));
     }
 
     pub fn place(&mut self, client: &Client, home: Home, path: Path) {
@@ -272,7 +283,8 @@ pub fn from_to(from: usize, to: usize, order: u64) -> Home {
 }
 
 pub fn client_state(client: &Client, connection: Connection) -> Arc<ClientState> {
-    Arc::new(ClientState::new(client.tunnel, connection, lan().into()))
+    let state = ClientState::new(client.tunnel, connection, lan().into());
+    Arc::new(ClientState { attributions: attributions(&[1, 2]), ..state })
 }
 
 pub fn client_command(client: &Client, home: Home, path: Path) -> Command {

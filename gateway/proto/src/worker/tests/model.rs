@@ -4,7 +4,7 @@
 //! `GATEWAY_MODEL_STEPS` sets the steps of each history, `GATEWAY_MODEL_SEEDS` how many histories there are.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -15,7 +15,7 @@ use super::{
     fleet::*,
     *,
 };
-use crate::{ClientId, ConnectionIndex, command::Home};
+use crate::{ClientId, ConnectionIndex, command::Home, flow::FlowId};
 
 const STEPS: u64 = 1500;
 const SEEDS: u64 = 24;
@@ -53,6 +53,9 @@ struct Model {
     arrived: u64,
     /// When each worker last did all it had to do.
     diligent: Vec<Instant>,
+    /// Flows that began and have not ended, and the packets of those that have.
+    open: HashSet<(ClientId, FlowId)>,
+    accounted: u64,
 }
 
 /// A client, as the model sees it from all sides.
@@ -113,6 +116,7 @@ impl Model {
             let peer = Some(SocketAddr::from(([198, 51, 100, n], 9)));
             fleet.tell(Command::Channel { server: addr(SERVER), number: channel(n), peer });
         }
+        fleet.account();
         let diligent = vec![fleet.now; workers];
         Self {
             seed,
@@ -127,6 +131,8 @@ impl Model {
             sent: 0,
             arrived: 0,
             diligent,
+            open: HashSet::new(),
+            accounted: 0,
         }
     }
 
@@ -141,6 +147,7 @@ impl Model {
                 self.check_at_rest();
             }
         }
+        self.check_flows();
         self.arrived
     }
 
@@ -451,10 +458,17 @@ impl Model {
             WorkerEvent::Stun(datagram) => assert_eq!(datagram.heard_by, id(by)),
             WorkerEvent::Expired { .. } => panic!("seed {}: a session that nobody left has ended", self.seed),
             WorkerEvent::Assigned { .. } => panic!("seed {}: nobody has assigned anything", self.seed),
-            WorkerEvent::Activity { .. }
-            | WorkerEvent::ChannelsUsed(_)
-            | WorkerEvent::Flow(_)
-            | WorkerEvent::Denied(_) => {}
+            WorkerEvent::Activity { .. } | WorkerEvent::ChannelsUsed(_) | WorkerEvent::Denied(_) => {}
+            WorkerEvent::Flow(report) => {
+                let flow = (report.client, report.id);
+                match report.end {
+                    None => assert!(self.open.insert(flow), "seed {}: {report:?}", self.seed),
+                    Some(end) => {
+                        assert!(self.open.remove(&flow), "seed {}: {report:?}", self.seed);
+                        self.accounted += end.tx_packets;
+                    }
+                }
+            }
         }
     }
 
@@ -512,6 +526,21 @@ impl Model {
             held.dedup();
             assert_eq!(held.len(), all, "seed {}: one connection is held twice", self.seed);
         }
+    }
+
+    /// Each of the clients' packets that passed is in exactly one record, and each record has its end.
+    fn check_flows(&mut self) {
+        self.fleet.tell(Command::Shutdown);
+        self.rest();
+        assert_eq!(self.open, HashSet::new(), "seed {}", self.seed);
+        let mut passed = 0;
+        for node in &self.fleet.nodes {
+            let traffic = node.worker.traffic();
+            passed += traffic.outbound_direct.packets + traffic.outbound_relayed.packets;
+            assert_eq!(traffic.flow_reports_lost, 0);
+        }
+        assert_eq!(self.accounted, passed, "seed {}", self.seed);
+        assert!(passed > 0, "seed {}", self.seed);
     }
 
     fn check_at_rest(&self) {

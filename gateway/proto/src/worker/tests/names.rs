@@ -28,7 +28,7 @@ const ID: u128 = 3;
 /// A proxy address and what stands behind it.
 type Behind<'a> = (&'a str, Option<&'a str>);
 
-fn domain(name: &str, resources: &[u128], proxies: &[Behind<'_>]) -> Arc<Domain> {
+pub fn domain(name: &str, resources: &[u128], proxies: &[Behind<'_>]) -> Arc<Domain> {
     let mut proxies: Vec<(IpAddr, Option<IpAddr>)> = proxies
         .iter()
         .map(|(proxy, real)| (proxy.parse().unwrap(), real.map(|real| real.parse().unwrap())))

@@ -340,8 +340,8 @@ impl Pair {
                 let before = packet.clone();
                 let peer = self.peers.get_mut(self.slot).unwrap();
                 let fate = match outbound::decide(peer, &packet, self.own) {
-                    Verdict::ToTun => Passes(packet),
-                    Verdict::Translate(real, mut inner) => {
+                    Verdict::ToTun(..) => Passes(packet),
+                    Verdict::Translate(real, _, mut inner) => {
                         match peer.translate(&mut packet, &mut inner, real, now) {
                             Ok(()) => {
                                 assert_eq!(inner::view(&packet), Ok(inner), "step {step}: {sent:?}");
