@@ -1,9 +1,6 @@
 //! Flows as log lines: target `flow_logs`, TRACE (cli-and-service.md section 14.3). The token stands in none of them.
 
-use gateway_proto::{
-    flow::{DeniedReport, FlowProtocol, FlowReport},
-    portal::ingest_token::{Claims, OptionalClaims},
-};
+use gateway_proto::flow::{DeniedReport, FlowProtocol, FlowReport};
 
 use super::record;
 
@@ -18,20 +15,8 @@ pub fn flow(report: &FlowReport) {
     // A macro, because a message and the set of fields are fixed where the event is written.
     macro_rules! line {
         ($message:literal $(, $name:ident = $value:expr)*) => {{
-            let Claims { optional, .. } = &report.attribution.claims;
             let claims = &report.attribution.claims;
-            let OptionalClaims {
-                resource_address,
-                initiator_actor_email,
-                initiator_auth_provider_id,
-                initiator_client_version,
-                initiator_device_os_name,
-                initiator_device_os_version,
-                initiator_device_serial,
-                initiator_device_uuid,
-                initiator_device_identifier_for_vendor,
-                initiator_device_firebase_installation_id,
-            } = optional;
+            let optional = &claims.optional;
             tracing::trace!(
                 target: TARGET,
                 protocol = record::protocol(report.protocol),
@@ -42,18 +27,18 @@ pub fn flow(report: &FlowReport) {
                 policy_id = claims.policy_id,
                 resource_id = claims.resource_id,
                 resource_name = claims.resource_name,
-                resource_address,
+                resource_address = optional.resource_address,
                 initiator_actor_id = claims.initiator_actor_id,
                 initiator_actor_name = claims.initiator_actor_name,
-                initiator_actor_email,
-                initiator_auth_provider_id,
-                initiator_client_version,
-                initiator_device_os_name,
-                initiator_device_os_version,
-                initiator_device_serial,
-                initiator_device_uuid,
-                initiator_device_identifier_for_vendor,
-                initiator_device_firebase_installation_id,
+                initiator_actor_email = optional.initiator_actor_email,
+                initiator_auth_provider_id = optional.initiator_auth_provider_id,
+                initiator_client_version = optional.initiator_client_version,
+                initiator_device_os_name = optional.initiator_device_os_name,
+                initiator_device_os_version = optional.initiator_device_os_version,
+                initiator_device_serial = optional.initiator_device_serial,
+                initiator_device_uuid = optional.initiator_device_uuid,
+                initiator_device_identifier_for_vendor = optional.initiator_device_identifier_for_vendor,
+                initiator_device_firebase_installation_id = optional.initiator_device_firebase_installation_id,
                 authorized_at = claims.authorized_at,
                 authorization_expires_at = claims.authorization_expires_at,
                 inner_src_ip = %report.src.ip(),

@@ -232,6 +232,13 @@ impl World {
         self.ingress(Ingress::Authorize(Box::new(authorize)));
     }
 
+    /// When all has come to rest the portal lets the client in; how long that took.
+    pub(super) fn connect(&mut self) -> Duration {
+        self.run(Duration::from_secs(1));
+        self.authorize(1);
+        self.run_until("connected", Duration::from_secs(3), Self::is_connected)
+    }
+
     /// The shell tells what the wall clock shows.
     pub(super) fn wall_clock(&mut self, unix_now: Duration) {
         self.gateway.handle_wall_clock(unix_now, self.now);

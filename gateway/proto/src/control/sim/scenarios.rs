@@ -21,9 +21,7 @@ const SOON: Duration = Duration::from_secs(3);
 #[test]
 fn without_translation_the_direct_pair_is_nominated() {
     let mut world = World::new(epoch(), 1);
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    let took = world.run_until("connected", SOON, World::is_connected);
+    let took = world.connect();
     assert!(took < Duration::from_millis(300), "{took:?}");
     assert_eq!(
         world.path(),
@@ -45,9 +43,7 @@ fn without_translation_the_direct_pair_is_nominated() {
 fn through_relays_only_a_relayed_pair_is_nominated() {
     let mut world = World::new(epoch(), 1);
     world.direct_is_blocked = true;
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     assert!(matches!(world.path(), Some(Path::Relayed { channel: Some(_), .. })), "{world:#?}");
     assert!(world.reaches_the_client(b"relayed data"));
     assert!(world.twins[0].1.sins.is_empty(), "{:?}", world.twins[0].1.sins);
@@ -56,9 +52,7 @@ fn through_relays_only_a_relayed_pair_is_nominated() {
 #[test]
 fn with_both_families_the_direct_ipv6_pair_wins_and_relays_serve_both() {
     let mut world = World::dual_stack(epoch());
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     world.run(SOON);
     let (local, remote) = (at("[2001:db8:2::2]:52625"), at("[2001:db8:1::2]:52625"));
     assert_eq!(world.path(), Some(Path::Direct { local, remote }));
@@ -73,9 +67,7 @@ fn with_both_families_the_direct_ipv6_pair_wins_and_relays_serve_both() {
 
     let mut world = World::dual_stack(epoch());
     world.direct_is_blocked = true;
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     world.run(SOON);
     // The relay is reached over IPv4, so its IPv4 address is preferred (connections.md section 6.3).
     assert!(matches!(world.path(), Some(Path::Relayed { remote, .. }) if remote.is_ipv4()), "{world:#?}");
@@ -138,9 +130,7 @@ fn loss_and_latency_only_delay() {
 fn when_the_relay_is_removed_the_connection_migrates() {
     let mut world = World::new(epoch(), 2);
     world.direct_is_blocked = true;
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     let used = world.selected();
     let other = world.twins.iter().map(|(id, _)| *id).find(|id| *id != used).unwrap();
     let before = world.said.len();
@@ -162,9 +152,7 @@ fn without_another_relay_the_connection_waits_for_one() {
     let init = world.init(None).relays;
     let (first, second) = (world.twins[0].0, world.twins[1].0);
     world.ingress(Ingress::RelaysPresence { disconnected: vec![second], connected: vec![] });
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     assert_eq!(world.selected(), first);
     world.ingress(Ingress::RelaysPresence { disconnected: vec![first], connected: vec![] });
     world.run(SOON);
@@ -181,9 +169,7 @@ fn without_another_relay_the_connection_waits_for_one() {
 #[test]
 fn while_the_portal_is_away_candidates_are_held() {
     let mut world = World::new(epoch(), 2);
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     let used = world.selected();
     let before = world.said.len();
     world.portal_goes();
@@ -203,9 +189,7 @@ fn while_the_portal_is_away_candidates_are_held() {
 #[test]
 fn a_client_that_falls_silent_keeps_its_path_and_one_that_withdraws_everything_loses_it() {
     let mut world = World::new(epoch(), 1);
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     let relay = world.client.withdraws(is::CandidateKind::Relayed);
     world.ingress(Ingress::InvalidateIceCandidates(world.client.id, vec![relay]));
     assert!(matches!(world.path(), Some(Path::Direct { .. })));
@@ -256,9 +240,7 @@ fn a_signalled_relay_is_checked_at_once_and_a_host_with_the_second_try() {
 #[test]
 fn an_idle_connection_checks_every_25_seconds_until_data_flows() {
     let mut world = World::new(epoch(), 1);
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     world.run(Duration::from_secs(60));
     let to_client = |p: &Packet| p.dst == at("192.0.2.2:52625") && p.payload.starts_with(&[0, 1]);
     let idle_since = world.now;
@@ -280,9 +262,7 @@ fn an_idle_connection_checks_every_25_seconds_until_data_flows() {
 fn a_path_through_an_allocation_that_went_is_none() {
     let mut world = World::new(epoch(), 1);
     world.direct_is_blocked = true;
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     world.run(SOON);
     assert!(matches!(world.path(), Some(Path::Relayed { .. })));
     let relay = world.selected();
@@ -299,9 +279,7 @@ fn a_path_through_an_allocation_that_went_is_none() {
 #[test]
 fn when_the_direct_way_dies_the_client_is_followed_to_the_relayed_one_and_back() {
     let mut world = World::new(epoch(), 1);
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     world.run(Duration::from_secs(5));
     assert!(matches!(world.path(), Some(Path::Direct { .. })));
     world.direct_is_blocked = true;
@@ -322,9 +300,7 @@ fn when_the_direct_way_dies_the_client_is_followed_to_the_relayed_one_and_back()
 fn the_kind_of_a_path_names_the_relays_on_it() {
     let mut world = World::new(epoch(), 1);
     world.direct_is_blocked = true;
-    world.run(Duration::from_secs(1));
-    world.authorize(1);
-    world.run_until("connected", SOON, World::is_connected);
+    world.connect();
     world.run(SOON);
     // "without a direct path both sides settle on client host <-> gateway's relay" (test-vectors.md section 5).
     let kind = world.gateway.connection(world.client.id).unwrap().path_kind();
