@@ -82,6 +82,11 @@ pub struct Cli {
     #[arg(long, env = "FIREZONE_NO_INC_BUF", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
     pub no_inc_buf: bool,
 
+    /// Log every TCP and UDP flow that has a token, and packets that are denied (target flow_logs), whether or not the
+    /// portal wants them uploaded.
+    #[arg(long, env = "FIREZONE_FLOW_LOGS", value_parser = BoolishValueParser::new(), help_heading = "Observe")]
+    pub flow_logs: bool,
+
     /// Where flow logs wait until they are uploaded.
     #[arg(
         long,

@@ -22,14 +22,17 @@ const QUIET: &str = "boringtun=off,netlink_proto=warn,netlink_packet_route=warn,
 /// waited. `RUST_LOG=info,firezone_gateway::rest=debug` shows that and no more.
 pub const REST: &str = "firezone_gateway::rest";
 
+/// What `--flow-logs` adds.
+const FLOW_LOGS: &str = "flow_logs=trace";
+
 /// Installs the subscriber; `RUST_LOG` (default `info`) comes after the built-in directives and so wins.
 ///
 /// # Errors
 /// A `RUST_LOG` that does not parse.
-pub fn init(format: LogFormat) -> Result<()> {
+pub fn init(format: LogFormat, flow_logs: bool) -> Result<()> {
     let rust_log =
         std::env::var("RUST_LOG").ok().filter(|s| !s.is_empty()).unwrap_or_else(|| "info".to_owned());
-    let filter = EnvFilter::builder().parse(format!("{QUIET},{rust_log}")).with_context(|| {
+    let filter = filter(&rust_log, flow_logs).with_context(|| {
         format!("RUST_LOG is not a list of log directives: {rust_log:?}; try RUST_LOG=info")
     })?;
     let timer = ChronoUtc::new("%Y-%m-%dT%H:%M:%S%.3fZ".to_owned());
@@ -41,4 +44,33 @@ pub fn init(format: LogFormat) -> Result<()> {
         LogFormat::Json => registry.with(fmt::layer().json().flatten_event(true).with_timer(timer)).init(),
     }
     Ok(())
+}
+
+fn filter(rust_log: &str, flow_logs: bool) -> Result<EnvFilter> {
+    let flow_logs = if flow_logs { FLOW_LOGS } else { "" };
+    Ok(EnvFilter::builder().parse(format!("{QUIET},{flow_logs},{rust_log}"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flow_logs_are_shown_by_the_flag_or_by_rust_log_which_has_the_last_word() {
+        for (rust_log, flag, shown) in [
+            ("info", false, false),
+            ("info", true, true),
+            ("warn", true, true),
+            ("info,flow_logs=trace", false, true),
+            ("info,flow_logs=off", true, false),
+        ] {
+            let subscriber = tracing_subscriber::registry().with(filter(rust_log, flag).unwrap());
+            tracing::subscriber::with_default(subscriber, || {
+                let is_shown = tracing::enabled!(target: "flow_logs", tracing::Level::TRACE);
+                assert_eq!(is_shown, shown, "{rust_log}, {flag}");
+                assert!(!tracing::enabled!(target: "stun_types", tracing::Level::ERROR));
+            });
+        }
+        assert!(filter("info,=,", true).is_err());
+    }
 }

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
 struct Prepared {
     portal: portal::Client,
     flow_logs: flow_logs::Config,
+    log_flows: bool,
     private_key: StaticSecret,
     workers: usize,
     buffers: BufferSizes,
@@ -72,7 +73,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         "the gateway needs CAP_NET_ADMIN for its TUN device and routes, and it is not in the effective set; run as \
          root, grant it (setcap cap_net_admin+ep), or skip this check with --no-check"
     );
-    logging::init(cli.log_format)?;
+    logging::init(cli.log_format, cli.flow_logs)?;
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
     let token = identity::token(cli.token, credentials.as_deref())?;
     let id = identity::gateway_id(cli.firezone_id.as_deref(), &identity::Places::default())?;
@@ -102,6 +103,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
     Ok(Prepared {
         portal,
         flow_logs,
+        log_flows: cli.flow_logs,
         private_key,
         workers: cli.workers.unwrap_or_else(one_per_core),
         buffers: BufferSizes::from_env()?,
@@ -145,6 +147,7 @@ fn run(prepared: Prepared) -> Result<()> {
         let flow_logs = FlowLogs::start(prepared.flow_logs)?;
         let readiness = Arc::new(Readiness::default());
         tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
+        let flow_logs = (flow_logs, prepared.log_flows);
         Runtime::new(data, interface, dns, flow_logs, prepared.portal, readiness)?.run().await
     })
 }

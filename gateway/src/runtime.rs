@@ -30,7 +30,7 @@ use crate::{
     bpf::LeftOut,
     clock,
     data::{
-        DataPlane,
+        Closed, DataPlane,
         interface::{Families, Interface},
     },
     dns,
@@ -77,7 +77,8 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// Connects the parts and starts to dial the portal.
+    /// Connects the parts and starts to dial the portal. With the flow logs comes whether flows are counted even where the
+    /// portal wants nothing uploaded.
     ///
     /// # Errors
     /// When signal handlers, a timer or the netlink socket cannot be had, or the clock is before 1970.
@@ -85,7 +86,7 @@ impl Runtime {
         data: DataPlane,
         interface: Interface,
         (dns, look_ups): (dns::Handle, dns::LookUps),
-        flow_logs: FlowLogs,
+        (flow_logs, log_flows): (FlowLogs, bool),
         portal: portal::Client,
         readiness: Arc<Readiness>,
     ) -> Result<Self> {
@@ -96,7 +97,7 @@ impl Runtime {
             unix_now,
             now: Instant::now(),
             workers: data.workers(),
-            flow_logs: false,
+            flow_logs: log_flows,
         });
         let clock_steps = clock::Steps::watch()?;
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
@@ -146,10 +147,15 @@ impl Runtime {
                 }
                 Wake::Workers(Ok(events)) => {
                     let now = Instant::now();
+                    let mut flows = false;
                     for event in events {
-                        if let Some(event) = log_flow(&mut self.flow_logs, event) {
-                            self.control.handle_worker_event(event, now);
+                        match log_flow(&mut self.flow_logs, event) {
+                            Some(event) => self.control.handle_worker_event(event, now),
+                            None => flows = true,
                         }
+                    }
+                    if flows {
+                        self.flow_logs.lost_by_workers(self.data.flow_reports_lost());
                     }
                 }
                 // There is nobody left to say goodbye with.
@@ -320,11 +326,12 @@ impl Runtime {
         self.say_how_it_ends();
         self.portal.close();
         // Of what the workers tell last only reports matter: control has nothing left to decide.
-        let (events, closed) = self.data.close().await;
+        let Closed { events, flow_reports_lost, result } = self.data.close().await;
         for event in events {
             log_flow(&mut self.flow_logs, event);
         }
-        if let Err(e) = closed {
+        self.flow_logs.lost_by_workers(flow_reports_lost);
+        if let Err(e) = result {
             tracing::warn!("The data plane did not close cleanly: {e:#}");
         }
         tokio::join!(self.interface.remove(), self.flow_logs.close());

@@ -242,20 +242,32 @@ impl DataPlane {
         self.workers.iter().map(|worker| (worker.id(), worker.traffic()))
     }
 
-    /// Says goodbye to every client, waits until that is sent (at most a second), and closes sockets and device. Returns
-    /// what the workers told last, the ends of flows among it.
-    ///
-    /// # Errors
-    /// A worker had ended before, or did not end in time. What the others told is returned all the same.
-    pub async fn close(mut self) -> (Vec<WorkerEvent>, Result<()>) {
+    /// Reports about flows that found no room on their way from the workers so far.
+    pub fn flow_reports_lost(&self) -> u64 {
+        self.traffic().map(|(_, traffic)| traffic.flow_reports_lost).sum()
+    }
+
+    /// Says goodbye to every client, waits until that is sent (at most a second), and closes sockets and device.
+    pub async fn close(mut self) -> Closed {
         self.send(Command::Shutdown);
         let deadline = Instant::now() + Duration::from_secs(1);
         let mut result = Ok(());
         for worker in &mut self.workers {
             result = result.and(worker.join(deadline).await);
         }
-        (self.events.take(), result)
+        Closed { events: self.events.take(), flow_reports_lost: self.flow_reports_lost(), result }
     }
+}
+
+/// What is left of a data plane.
+#[derive(Debug)]
+pub struct Closed {
+    /// What the workers told last, the ends of flows among it.
+    pub events: Vec<WorkerEvent>,
+    /// See [`DataPlane::flow_reports_lost`].
+    pub flow_reports_lost: u64,
+    /// The error: a worker had ended before, or did not end in time. What the others told is there all the same.
+    pub result: Result<()>,
 }
 
 impl Drop for DataPlane {

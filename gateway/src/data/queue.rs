@@ -138,6 +138,24 @@ pub struct Events {
     notify: Notify,
 }
 
+/// How many events found no place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Refused {
+    /// Reports about flows and denied packets, whose packets are counted elsewhere.
+    pub reports: u64,
+    /// All others.
+    pub others: u64,
+}
+
+impl Refused {
+    fn count(&mut self, event: &WorkerEvent) {
+        match event {
+            WorkerEvent::Flow(_) | WorkerEvent::Denied(_) => self.reports += 1,
+            _ => self.others += 1,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Waiting {
     events: VecDeque<WorkerEvent>,
@@ -146,13 +164,13 @@ struct Waiting {
 }
 
 impl Events {
-    /// Queues `events` as far as their quotas go and wakes control. Returns how many found no place.
-    pub fn push(&self, events: impl IntoIterator<Item = WorkerEvent>) -> u64 {
+    /// Queues `events` as far as their quotas go and wakes control.
+    pub fn push(&self, events: impl IntoIterator<Item = WorkerEvent>) -> Refused {
         let mut events = events.into_iter().peekable();
         if events.peek().is_none() {
-            return 0;
+            return Refused::default();
         }
-        let mut refused = 0;
+        let mut refused = Refused::default();
         let mut waiting = lock(&self.pending);
         for event in events {
             let (kind, quota) = kind_of(&event);
@@ -160,7 +178,7 @@ impl Events {
                 waiting.of_kind[kind] += 1;
                 waiting.events.push_back(event);
             } else {
-                refused += 1;
+                refused.count(&event);
             }
         }
         waiting.most = waiting.most.max(waiting.events.len());
@@ -280,28 +298,30 @@ mod tests {
     #[test]
     fn stun_does_not_crowd_out_session_events() {
         let queue = Events::default();
-        assert_eq!(queue.push((0..5000).map(|_| stun())), 5000 - 1024);
+        assert_eq!(queue.push((0..5000).map(|_| stun())), Refused { reports: 0, others: 5000 - 1024 });
         let goodbye = WorkerEvent::Goodbye {
             id: ClientId(Uuid::nil()),
             index: ConnectionIndex::new(7).expect("7 fits 24 bits"),
         };
-        assert_eq!(queue.push([goodbye]), 0);
+        assert_eq!(queue.push([goodbye]), Refused::default());
         assert_eq!(queue.waiting(), (1025, 1025));
         let got = queue.take();
         assert_eq!(got.len(), 1025);
         assert_eq!(queue.waiting(), (0, 1025));
         assert!(matches!(got.last(), Some(WorkerEvent::Goodbye { .. })));
-        assert_eq!(queue.push([stun()]), 0, "the quota is free again");
+        assert_eq!(queue.push([stun()]), Refused::default(), "the quota is free again");
     }
 
     #[test]
     fn assignments_reports_of_flows_and_denials_have_quotas_of_their_own() {
         let queue = Events::default();
-        assert_eq!(queue.push((0..5000).map(|_| assigned())), 5000 - 4096);
-        assert_eq!(queue.push((0..2000).map(|_| denied())), 2000 - 1024);
-        assert_eq!(queue.push([stun()]), 0);
+        let [refused, reports] =
+            [Refused { reports: 0, others: 5000 - 4096 }, Refused { reports: 2000 - 1024, others: 0 }];
+        assert_eq!(queue.push((0..5000).map(|_| assigned())), refused);
+        assert_eq!(queue.push((0..2000).map(|_| denied())), reports);
+        assert_eq!(queue.push([stun()]), Refused::default());
         assert_eq!(queue.take().len(), 4096 + 1024 + 1);
-        assert_eq!(queue.push([assigned(), denied()]), 0, "the quotas are free again");
+        assert_eq!(queue.push([assigned(), denied()]), Refused::default(), "the quotas are free again");
     }
 
     #[test]

@@ -81,14 +81,17 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
     let sockets = [&turn.out.v4, &turn.out.v6].into_iter().flatten().map(Outlet::socket);
     let mut poller = Poller::new(commands.wake(), tun, sockets).context("Failed to make an epoll set")?;
     let mut spilled: Vec<WorkerEvent> = Vec::new();
+    let mut reports_lost = 0;
     loop {
         let ready = sleep(&mut poller, &turn.inbox, &turn.out, turn.deadline())?;
         shared.begin_turn();
         turn.take(&ready, tun)?;
         spilled.extend(std::iter::from_fn(|| turn.core.poll_event()));
         let refused = events.push(spilled.drain(..));
-        turn.core.counters_mut().add(DropReason::ControlQueueFull, refused);
-        let traffic = turn.core.traffic();
+        turn.core.counters_mut().add(DropReason::ControlQueueFull, refused.others);
+        reports_lost += refused.reports;
+        let mut traffic = turn.core.traffic();
+        traffic.flow_reports_lost += reports_lost;
         shared.end_turn(turn.core.counters_mut(), traffic);
         if turn.orders.shut_down {
             turn.out.linger(Duration::from_millis(500));

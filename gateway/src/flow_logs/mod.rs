@@ -17,6 +17,7 @@ mod testkit;
 mod upload;
 
 use std::{
+    fmt::Display,
     path::PathBuf,
     sync::{
         Arc,
@@ -72,6 +73,8 @@ pub struct FlowLogs {
     /// The most that ever waited.
     most: usize,
     lost: Losses,
+    /// By the workers.
+    lost_before: Losses,
     writer_ended: oneshot::Receiver<()>,
     upload_ended: oneshot::Receiver<()>,
 }
@@ -126,7 +129,8 @@ impl FlowLogs {
             })
             .context("Cannot start the thread that uploads flow logs")?;
         let lost = Losses::new("Flow logs are written too slowly");
-        Ok(Self { orders, waiting, most: 0, lost, writer_ended, upload_ended })
+        let lost_before = Losses::new("Flow logs come faster than they are taken from the workers");
+        Ok(Self { orders, waiting, most: 0, lost, lost_before, writer_ended, upload_ended })
     }
 
     /// Prints and keeps a record. With more than 10 000 waiting it is lost, which is counted.
@@ -137,6 +141,11 @@ impl FlowLogs {
     /// Prints that packets were denied; lost like a record.
     pub fn denied(&mut self, report: Box<DeniedReport>) {
         self.order(Order::Denied(report), REPORTS);
+    }
+
+    /// The workers have lost this many reports so far, before they came here.
+    pub fn lost_by_workers(&mut self, total: u64) {
+        self.lost_before.rise_to(total, &"more came at once than there is room for");
     }
 
     /// Keeps the token that records of an authorization are uploaded under. Without it none of them is kept.
@@ -166,8 +175,8 @@ impl FlowLogs {
         if !in_time {
             tracing::warn!(orders_waiting, "Flow logs could not all be written in time");
         }
-        let (orders_most, lost) = (self.most, self.lost.number);
-        tracing::debug!(target: REST, orders_waiting, orders_most, lost, "Flow logs at rest");
+        let (orders_most, lost, lost_before) = (self.most, self.lost.number, self.lost_before.number);
+        tracing::debug!(target: REST, orders_waiting, orders_most, lost, lost_before, "Flow logs at rest");
     }
 
     fn order(&mut self, order: Order, limit: usize) {
@@ -243,11 +252,17 @@ impl Losses {
         Self { what, number: 0 }
     }
 
-    fn count(&mut self, why: &dyn std::fmt::Display) {
-        if self.number.is_multiple_of(TELL_EACH) {
-            tracing::warn!(lost = self.number + 1, "{}: {why}", self.what);
+    fn count(&mut self, why: &dyn Display) {
+        self.rise_to(self.number + 1, why);
+    }
+
+    /// `total` are lost by now.
+    fn rise_to(&mut self, total: u64, why: &dyn Display) {
+        // Told are the 1st, the 1001st, and so on.
+        if total.div_ceil(TELL_EACH) > self.number.div_ceil(TELL_EACH) {
+            tracing::warn!(lost = total, "{}: {why}", self.what);
         }
-        self.number += 1;
+        self.number = self.number.max(total);
     }
 }
 

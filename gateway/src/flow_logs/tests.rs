@@ -93,6 +93,7 @@ fn too_many_reports_are_counted_and_a_token_still_finds_its_place() {
         waiting: Arc::default(),
         most: 0,
         lost: Losses::new("lost"),
+        lost_before: Losses::new("lost before"),
         writer_ended,
         upload_ended,
     };
@@ -110,6 +111,18 @@ fn too_many_reports_are_counted_and_a_token_still_finds_its_place() {
     drop(arriving);
     logs.token(attribution());
     assert_eq!(logs.lost.number, 1002);
+}
+
+#[test]
+fn what_workers_lose_is_told_the_first_time_and_then_by_the_thousand() {
+    let mut lost = Losses::new("lost");
+    let lines = logged(|| {
+        for total in [0, 0, 3, 3, 1000, 1001, 1002, 5000, 5001] {
+            lost.rise_to(total, &"why");
+        }
+    });
+    let told: Vec<_> = lines.iter().map(|line| &line["lost"]).collect();
+    assert_eq!(told, [&json!(3), &json!(1001), &json!(5000), &json!(5001)]);
 }
 
 #[test]

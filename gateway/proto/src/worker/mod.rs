@@ -118,7 +118,8 @@ pub struct Traffic {
     pub denials: u64,
     /// Answers about names sent. They answer control packets.
     pub answers: u64,
-    /// Reports of flows that control's queue had no room for. They are about packets that are counted elsewhere.
+    /// Reports of flows (the backend adds those of denied packets) that control's queue had no room for. They are about
+    /// packets that are counted elsewhere.
     pub flow_reports_lost: u64,
 }
 

@@ -13,7 +13,7 @@ use gateway_common::DropReason;
 use gateway_proto::{Command, Transmit, WorkerEvent};
 
 use super::{ALL, SIZES, TUN_NAME, addrs, in_netns, ip, pipe::Pipe, start, start_several};
-use crate::data::{Config, DataPlane, interface::Interface};
+use crate::data::{Closed, Config, DataPlane, interface::Interface};
 
 #[test]
 fn dead_worker_ends_the_wait_for_events() {
@@ -65,7 +65,7 @@ fn idle_worker_sleeps_and_one_with_a_stuck_deadline_does_not_spin() {
             let turns = turns.load(Ordering::Relaxed);
             assert!(turns <= most, "{turns} turns in 300 ms");
             assert!(!stuck || turns > 10, "{turns} turns in 300 ms");
-            data.close().await.1.unwrap();
+            data.close().await.result.unwrap();
         }
     });
 }
@@ -122,7 +122,7 @@ fn flood_of_one_direction_leaves_turns_to_the_other() {
         // A turn ends at 1024, and the batch that gets there may be of 32 * 50.
         assert!(longest[0] < 1024 + 1600 && longest[1] < 1024 + 400, "{longest:?} in a row");
         interface.remove().await;
-        data.close().await.1.unwrap();
+        data.close().await.result.unwrap();
     });
 }
 
@@ -166,10 +166,10 @@ async fn start_and_close(workers: usize) {
     while data.events_waiting().0 == 0 && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let (left, closed) = data.close().await;
+    let Closed { events: left, result: closed, .. } = data.close().await;
     closed.unwrap();
     let is_ours = |event: &WorkerEvent| matches!(event, WorkerEvent::Stun(told) if told.payload == stun);
     assert!(matches!(&left[..], [event] if is_ours(event)), "what nobody took is returned: {left:?}");
     assert_eq!(ip("link show dev tun-firezone"), "", "the device is gone");
-    start().unwrap().close().await.1.unwrap();
+    start().unwrap().close().await.result.unwrap();
 }

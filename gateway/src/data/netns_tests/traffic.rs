@@ -85,7 +85,7 @@ async fn both_ways(workers: usize, allowed: Capabilities, pairs: &[(&str, &str)]
         }
         for (side, _) in sides {
             side.interface.remove().await;
-            side.data.close().await.1.unwrap();
+            side.data.close().await.result.unwrap();
         }
     }
 }
