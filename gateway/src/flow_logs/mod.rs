@@ -37,7 +37,7 @@ use tokio::sync::{oneshot, watch};
 
 use self::{
     http::{Http, Tls},
-    spool::{Settings, Spool},
+    spool::{Kept, Settings, Spool},
     upload::Uploader,
 };
 use crate::logging::REST;
@@ -103,6 +103,7 @@ impl FlowLogs {
             settings,
             waiting: Arc::clone(&waiting),
             failures: Losses::new("Flow logs cannot be written to disk"),
+            full: Losses::new("Flow logs are not kept for the upload"),
         };
         thread::Builder::new()
             .name("flow-writer".to_owned())
@@ -200,6 +201,7 @@ struct Writer {
     settings: watch::Sender<Option<Settings>>,
     waiting: Arc<AtomicUsize>,
     failures: Losses,
+    full: Losses,
 }
 
 impl Writer {
@@ -214,7 +216,11 @@ impl Writer {
         let result = match order {
             Order::Flow(report) => {
                 print::flow(&report);
-                self.spool.keep(&report).map(|_| ())
+                self.spool.keep(&report).map(|kept| {
+                    if kept == Kept::NoRoom {
+                        self.full.count(&"as much waits as may; is the portal's endpoint reached?");
+                    }
+                })
             }
             Order::Denied(report) => {
                 print::denied(&report);

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Every file comes into its place by renaming a complete one, so that after a crash there are only whole files and
-//! temporary ones. Names of folders are made from ids of their type and never from text that somebody sent. Reads and
+//! temporary ones. How much may wait is bounded: what finds no room is not kept, and what waits goes first. Names of folders are made from ids of their type and never from text that somebody sent. Reads and
 //! writes block: for threads that may.
 
 use std::{
@@ -31,7 +31,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
+use self::stock::{LIMITS, Limits, Stock};
 use super::record;
+
+mod stock;
 
 const SETTINGS: &str = "upload.json";
 const ROLE: &str = "responder";
@@ -54,6 +57,19 @@ pub struct Spool {
     /// Held while a token is put into a folder and while folders are removed: a folder must not go with the token that
     /// was just put into it.
     folders: Mutex<()>,
+    /// Records.
+    stock: Stock,
+}
+
+/// What became of a half of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// It waits.
+    OnDisk,
+    /// Its authorization has no token here: it is not to be uploaded.
+    NotWanted,
+    /// There is no room.
+    NoRoom,
 }
 
 /// What `upload.json` says.
@@ -90,7 +106,11 @@ pub struct Batch {
 impl Spool {
     /// The spool below `root`, which needs not exist yet.
     pub fn new(root: PathBuf) -> Self {
-        Self { root, folders: Mutex::new(()) }
+        Self::with_limits(root, LIMITS)
+    }
+
+    fn with_limits(root: PathBuf, limits: Limits) -> Self {
+        Self { root, folders: Mutex::new(()), stock: Stock::new(limits) }
     }
 
     /// Its root.
@@ -111,23 +131,54 @@ impl Spool {
         put(&folder, TOKEN, attribution.token.0.as_bytes())
     }
 
-    /// Keeps one half of a record. False if its authorization has no token here.
+    /// Keeps one half of a record. Where there is no room, an end still takes the place of its start.
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn keep(&self, report: &FlowReport) -> io::Result<bool> {
+    pub fn keep(&self, report: &FlowReport) -> io::Result<Kept> {
         let claims = &report.attribution.claims;
         let folder = self.folder(claims.policy_authorization_id);
         if !claims.uploads_enabled || !folder.join(TOKEN).try_exists()? {
-            return Ok(false);
+            return Ok(Kept::NotWanted);
         }
         let half = if report.end.is_some() { END } else { START };
         let content = record::seal(&record::payload(report));
-        match put(&folder, &format!("{}{half}", record::stem(report)), content.as_bytes()) {
-            // The folder went this moment, with its token.
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
-            result => result.map(|()| true),
+        let stem = record::stem(report);
+        let has_room = self.stock.take(content.len() as u64, || self.count())?;
+        let start = folder.join(format!("{stem}{START}"));
+        if !has_room && (half == START || !start.try_exists()?) {
+            return Ok(Kept::NoRoom);
         }
+        let result = put(&folder, &format!("{stem}{half}"), content.as_bytes());
+        match (&result, has_room) {
+            // In its place, though it may be a little longer.
+            (Ok(()), false) => _ = remove(&start)?,
+            (Err(_), true) => self.stock.give(content.len() as u64),
+            (Ok(()), true) | (Err(_), false) => {}
+        }
+        match result {
+            // The folder went this moment, with its token.
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(Kept::NotWanted),
+            result => result.map(|()| Kept::OnDisk),
+        }
+    }
+
+    /// Looks at all records.
+    fn count(&self) -> io::Result<Limits> {
+        let mut level = Limits { files: 0, bytes: 0 };
+        for id in self.authorizations()? {
+            let folder = self.folder(id);
+            for name in names(&folder)?.iter().filter(|name| name.ends_with(START) || name.ends_with(END)) {
+                // The other thread removes some meanwhile.
+                if let Ok(metadata) = fs::symlink_metadata(folder.join(name))
+                    && metadata.is_file()
+                {
+                    level.files += 1;
+                    level.bytes += metadata.len();
+                }
+            }
+        }
+        Ok(level)
     }
 
     /// Remembers where to upload; `None` forgets it.
@@ -136,7 +187,7 @@ impl Spool {
     /// Those of the file system.
     pub fn keep_settings(&self, settings: Option<&Settings>) -> io::Result<()> {
         let Some(settings) = settings else {
-            return remove(&self.root.join(SETTINGS));
+            return remove(&self.root.join(SETTINGS)).map(drop);
         };
         make_folder(&self.root)?;
         put(&self.root, SETTINGS, serde_json::to_string(settings)?.as_bytes())
@@ -173,7 +224,8 @@ impl Spool {
         };
         if useless {
             tracing::debug!(authorization = %id, "Removing a folder of flow logs that is of no use any more");
-            remove(&folder)
+            self.stock.forget();
+            remove(&folder).map(drop)
         } else {
             remove_left_behind(&folder, now)
         }
@@ -242,7 +294,7 @@ impl Spool {
             }
             let Some(payload) = read(&folder.join(name))?.and_then(|content| record::unseal(&content)) else {
                 tracing::debug!(authorization = %id, file = name, "Removing a corrupt flow log");
-                remove(&folder.join(name))?;
+                self.remove_record(&folder.join(name))?;
                 continue;
             };
             // A comma goes between two.
@@ -270,11 +322,18 @@ impl Spool {
         for record in records {
             // The start first: left behind alone it would count as a flow that goes on.
             if let Some(stem) = record.name.strip_suffix(END).filter(|_| record.replaces_start) {
-                result = result.and(remove(&folder.join(format!("{stem}{START}"))));
+                result = result.and(self.remove_record(&folder.join(format!("{stem}{START}"))));
             }
-            result = result.and(remove(&folder.join(&record.name)));
+            result = result.and(self.remove_record(&folder.join(&record.name)));
         }
         result
+    }
+
+    fn remove_record(&self, path: &Path) -> io::Result<()> {
+        if let Some(bytes) = remove(path)? {
+            self.stock.give(bytes);
+        }
+        Ok(())
     }
 
     fn folder(&self, id: PolicyAuthorizationId) -> PathBuf {
@@ -338,16 +397,19 @@ fn names(folder: &Path) -> io::Result<Vec<String>> {
     entries.filter_map(|entry| entry.map(|entry| entry.file_name().into_string().ok()).transpose()).collect()
 }
 
-/// Removes a file, or whatever has its name, if there is one.
-fn remove(path: &Path) -> io::Result<()> {
-    let result = match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(e) => Err(e),
-    };
+/// Removes a file, or whatever has its name, if there is one; how long it was.
+fn remove(path: &Path) -> io::Result<Option<u64>> {
+    let result = fs::symlink_metadata(path).and_then(|metadata| {
+        if metadata.is_dir() {
+            fs::remove_dir_all(path)?
+        } else {
+            fs::remove_file(path)?
+        }
+        Ok(metadata.len())
+    });
     match result {
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        result => result,
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
     }
 }
 

@@ -133,8 +133,13 @@ fn a_disk_that_fails_is_told_once_and_does_not_end_the_thread() {
     let (settings, wanted) = watch::channel(None);
     let waiting = Arc::new(AtomicUsize::new(3));
     let failures = Losses::new("Flow logs cannot be written to disk");
-    let writer =
-        Writer { spool: Arc::new(Spool::new(root)), settings, waiting: Arc::clone(&waiting), failures };
+    let writer = Writer {
+        spool: Arc::new(Spool::new(root)),
+        settings,
+        waiting: Arc::clone(&waiting),
+        failures,
+        full: Losses::new("full"),
+    };
     let (orders, arriving) = mpsc::channel();
     let told = Settings { api_url: "https://a".into(), interval: 1, batch_size: 1 };
     orders.send(Order::Token(attribution())).unwrap();

@@ -32,7 +32,7 @@ fn age(path: &Path, age: Duration) {
 #[test]
 fn files_and_folders_are_where_and_how_they_must_be() {
     let (_place, spool) = spool();
-    assert!(spool.keep(&report()).unwrap() && spool.keep(&ended()).unwrap());
+    assert_eq!([spool.keep(&report()).unwrap(), spool.keep(&ended()).unwrap()], [Kept::OnDisk; 2]);
     spool
         .keep_settings(Some(&Settings { api_url: "https://a/".into(), interval: 60, batch_size: 1000 }))
         .unwrap();
@@ -64,7 +64,7 @@ fn files_and_folders_are_where_and_how_they_must_be() {
 fn nothing_is_kept_without_a_token_or_where_uploads_are_not_enabled() {
     let place = tempfile::tempdir().unwrap();
     let spool = Spool::new(place.path().join("flow_logs"));
-    assert!(!spool.keep(&report()).unwrap());
+    assert_eq!(spool.keep(&report()).unwrap(), Kept::NotWanted);
     assert!(!spool.root().exists());
     spool.keep_token(&attribution()).unwrap();
     let mut other = report();
@@ -73,7 +73,7 @@ fn nothing_is_kept_without_a_token_or_where_uploads_are_not_enabled() {
     let mut attribution = Attribution::clone(&disabled.attribution);
     attribution.claims.uploads_enabled = false;
     disabled.attribution = attribution.into();
-    assert!(!spool.keep(&other).unwrap() && !spool.keep(&disabled).unwrap());
+    assert_eq!([spool.keep(&other).unwrap(), spool.keep(&disabled).unwrap()], [Kept::NotWanted; 2]);
     assert_eq!(spool.authorizations().unwrap(), [id()]);
     assert_eq!(all(&spool), Batch::default());
 }
@@ -124,7 +124,7 @@ fn a_crash_between_writing_and_renaming_leaves_no_record_and_nothing_in_the_way(
     // Who writes it this moment may go on.
     spool.prune(SystemTime::now()).unwrap();
     assert!(temporary.exists() && settings.exists());
-    assert!(spool.keep(&ended()).unwrap(), "the same again after a restart");
+    assert_eq!(spool.keep(&ended()).unwrap(), Kept::OnDisk, "the same again after a restart");
     assert_eq!((all(&spool).records.len(), temporary.exists()), (1, false));
     fs::write(&temporary, "{").unwrap();
     for path in [&temporary, &settings] {
@@ -145,7 +145,7 @@ fn a_disk_that_takes_no_more_leaves_no_rubbish() {
     assert_eq!(files(&spool.folder(id())).len(), 2);
     assert_eq!(all(&spool), Batch::default());
     assert!(!in_the_way.exists(), "what is no record is removed as corrupt");
-    assert!(spool.keep(&report()).unwrap());
+    assert_eq!(spool.keep(&report()).unwrap(), Kept::OnDisk);
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn a_folder_goes_with_its_token_or_a_minute_after_it_was_left_without() {
         let (_place, spool) = spool();
         over["authorization_expires_at"] = expires_at.into();
         spool.keep_token(&ingest_token::parse(testkit::token_of(&over)).unwrap()).unwrap();
-        assert!(empty || spool.keep(&report()).unwrap());
+        assert!(empty || spool.keep(&report()).unwrap() == Kept::OnDisk);
         spool.prune(at(now)).unwrap();
         assert_eq!(spool.folder(id()).exists(), stays, "{expires_at} {empty} {now}");
     }
@@ -277,4 +277,62 @@ fn settings_come_back_after_a_restart_unless_they_are_forgotten_or_spoilt() {
     spool.keep_settings(None).unwrap();
     spool.keep_settings(None).unwrap();
     assert_eq!(files(spool.root()), ["responder"]);
+}
+
+/// A spool for few.
+fn small(files: u64, bytes: u64) -> (tempfile::TempDir, Spool) {
+    let place = tempfile::tempdir().unwrap();
+    let spool = Spool::with_limits(place.path().to_owned(), Limits { files, bytes });
+    spool.keep_token(&attribution()).unwrap();
+    (place, spool)
+}
+
+#[test]
+fn what_finds_no_room_is_not_kept_and_what_waits_makes_room_when_it_goes() {
+    let (place, spool) = small(3, 1 << 20);
+    let keep = |number, report| spool.keep(&numbered(number, report)).unwrap();
+    assert_eq!([1, 2, 3].map(|number| keep(number, report())), [Kept::OnDisk; 3]);
+    assert_eq!(keep(4, report()), Kept::NoRoom);
+    assert_eq!(keep(4, ended()), Kept::NoRoom);
+    // An end says all that its start does: it takes its place.
+    assert_eq!(keep(2, ended()), Kept::OnDisk);
+    let folder = spool.folder(id());
+    assert_eq!(files(&folder).len(), 3 + 1, "and the token: {:?}", files(&folder));
+    assert_eq!(keep(5, report()), Kept::NoRoom);
+
+    // The oldest are uploaded.
+    let batch = spool.batch(id(), 1, HUGE, &FxHashSet::default()).unwrap();
+    spool.remove(id(), &batch.records).unwrap();
+    assert_eq!([keep(6, report()), keep(7, report())], [Kept::OnDisk, Kept::NoRoom]);
+
+    // Another run counts what it finds; a corrupt one goes, and makes room.
+    let again = Spool::with_limits(place.path().to_owned(), Limits { files: 3, bytes: 1 << 20 });
+    assert_eq!(again.keep(&numbered(8, report())).unwrap(), Kept::NoRoom);
+    let corrupt = folder.join(files(&folder).iter().find(|name| name.ends_with(END)).unwrap());
+    fs::write(&corrupt, "{").unwrap();
+    assert_eq!(all(&again).records.len(), 2);
+    assert_eq!(again.keep(&numbered(8, report())).unwrap(), Kept::OnDisk);
+    assert_eq!(again.keep(&numbered(9, report())).unwrap(), Kept::NoRoom);
+
+    // Its time is over: all of it goes.
+    again.prune(SystemTime::UNIX_EPOCH + Duration::from_secs(testkit::EXPIRY + 1)).unwrap();
+    again.keep_token(&attribution()).unwrap();
+    assert_eq!([1, 2, 3].map(|n| again.keep(&numbered(n, report())).unwrap()), [Kept::OnDisk; 3]);
+}
+
+#[test]
+fn bytes_are_bounded_too_and_a_failure_takes_no_room() {
+    let one = record::seal(&record::payload(&numbered(1, report()))).len() as u64;
+    let (_place, spool) = small(100, 2 * one);
+    let folder = spool.folder(id());
+    // Something in the way of the first record, and of its removal.
+    let name = format!("{}{START}", record::stem(&numbered(1, report())));
+    fs::create_dir_all(folder.join(&name).join("x")).unwrap();
+    for _ in 0..5 {
+        spool.keep(&numbered(1, report())).unwrap_err();
+    }
+    fs::remove_dir_all(folder.join(&name)).unwrap();
+    spool.stock.forget();
+    let kept = [1, 2, 3].map(|number| spool.keep(&numbered(number, report())).unwrap());
+    assert_eq!(kept, [Kept::OnDisk, Kept::OnDisk, Kept::NoRoom]);
 }

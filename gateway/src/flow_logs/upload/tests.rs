@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::*;
 use crate::flow_logs::{
     record,
+    spool::Kept,
     testkit::{self, attribution_of, ended, id, numbered, report},
 };
 
@@ -144,7 +145,9 @@ impl World {
 
     /// With so many records, which began at second 0, 1, ... of the flow's own.
     fn holding(self, records: u64) -> Self {
-        (0..records).for_each(|number| assert!(self.spool.keep(&numbered(number, ended())).unwrap()));
+        (0..records).for_each(|number| {
+            assert_eq!(self.spool.keep(&numbered(number, ended())).unwrap(), Kept::OnDisk)
+        });
         self
     }
 
