@@ -39,6 +39,7 @@ mod udp;
 mod virtio;
 mod wake;
 mod worker_thread;
+mod xsk;
 
 use std::{
     io,
