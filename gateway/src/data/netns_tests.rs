@@ -15,6 +15,7 @@ mod life;
 mod pipe;
 mod sockets;
 mod traffic;
+mod xsk;
 
 use std::{fs::File, process::Command as Process};
 

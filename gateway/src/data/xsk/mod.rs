@@ -5,6 +5,13 @@
 mod memory;
 mod port;
 mod ring;
+mod socket;
 #[cfg(test)]
 mod twin;
 mod umem;
+
+#[cfg(test)]
+pub use self::{
+    port::{Port, Queue},
+    socket::{OpenError, Place, Sizes, Socket, Transfer, open},
+};
