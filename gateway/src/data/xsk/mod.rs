@@ -2,6 +2,7 @@
 
 #![expect(dead_code, reason = "only tests open such sockets until there is a fast path")]
 
+mod headers;
 mod memory;
 mod port;
 mod ring;
