@@ -6,6 +6,7 @@
 //! ```
 
 mod redirect;
+mod ways;
 
 use std::{
     fs::File,

@@ -4,15 +4,21 @@
 
 mod headers;
 mod memory;
+mod neighbours;
+mod netlink;
 mod port;
 mod ring;
 mod socket;
 #[cfg(test)]
 mod twin;
 mod umem;
+mod ways;
 
 #[cfg(test)]
 pub use self::{
+    headers::{Hop, PAYLOAD_AT, Way},
+    netlink::Watch,
     port::{Port, Queue},
     socket::{OpenError, Place, Sizes, Socket, Transfer, open},
+    ways::{Board, Ways},
 };
