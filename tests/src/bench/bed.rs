@@ -8,12 +8,15 @@
 //!               relay                        client1 reaches the gateway by its relay only
 //! ```
 //!
+//! Ours twice more: while it counts flows, and by a name, 100.96.0.1, that is 172.20.0.100.
+//!
 //! All run at once, and all but the one that is measured are silent. Which one a packet meets is decided by the LAN
 //! host's address, so the way is the same for all: client, router, gateway with conntrack and masquerade, LAN.
 
 use std::{
+    cell::Cell,
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -29,13 +32,15 @@ use crate::{
         NetNs,
         process::{Logs, Process, run, wait_for},
         services::BigFile,
-        topology::{LAN_HOST, Topology, direct},
+        topology::{LAN_HOST, PORTAL, Topology, direct},
     },
     scenario::{
         Context, Variation,
+        dns::{Nameserver, ResolvConf},
         lab::{Lab, Launch, Options, lan4, ping},
+        names,
     },
-    standins::client::Path as Way,
+    standins::{client::Path as Way, portal::Resource},
 };
 
 /// Who forwards.
@@ -46,9 +51,14 @@ pub(super) enum Who {
     WireGuardGo,
     /// No tunnel: the floor.
     Kernel,
+    /// Ours while it counts flows.
+    Counting,
+    /// Ours, by a name: a DNS resource instead of a network.
+    Named,
 }
 
 impl Who {
+    /// Those that are compared with each other.
     pub(super) const ALL: [Self; 4] = [Self::Ours, Self::BoringTun, Self::WireGuardGo, Self::Kernel];
 
     pub(super) fn name(self) -> &'static str {
@@ -57,13 +67,20 @@ impl Who {
             Self::BoringTun => "boringtun-cli",
             Self::WireGuardGo => "wireguard-go",
             Self::Kernel => "kernel routing, no tunnel",
+            Self::Counting => "firezone-gateway, flows counted",
+            Self::Named => "firezone-gateway, DNS resource",
         }
     }
 
-    /// The LAN host's address that is reached through it.
+    /// Where the client sends what is to go through it.
     pub(super) fn target(self) -> Ipv4Addr {
+        if self == Self::Named { PROXY } else { self.address() }
+    }
+
+    /// The LAN host's address that is reached through it.
+    pub(super) fn address(self) -> Ipv4Addr {
         let last = match self {
-            Self::Ours => return LAN_HOST.0,
+            Self::Ours | Self::Counting | Self::Named => return LAN_HOST.0,
             Self::BoringTun => 111,
             Self::WireGuardGo => 112,
             Self::Kernel => 113,
@@ -83,6 +100,19 @@ pub(super) struct Bed {
     pub(super) napi: Vec<i32>,
     /// What was refused.
     pub(super) notes: Vec<String>,
+    counting: Cell<bool>,
+    /// Where the gateway keeps records of flows.
+    spool: PathBuf,
+    _nameserver: Nameserver,
+}
+
+/// The first of [`names::PROXIES`].
+const PROXY: Ipv4Addr = Ipv4Addr::new(100, 96, 0, 1);
+/// What stands for it.
+const NAME: &str = "bench.lan.test";
+
+fn named() -> Resource {
+    Resource::dns("bench", "*.lan.test")
 }
 
 impl Bed {
@@ -101,24 +131,44 @@ impl Bed {
         let mut notes = Vec::new();
         let napi = interfaces(&cx.topology, &[GATEWAY_CORE], &[OTHER_CORE], Behind::Rps, &mut notes)?;
         routes(&cx.topology)?;
+        let record = format!("{NAME},{}", LAN_HOST.0);
+        let nameserver = Nameserver::start_with(&cx, "nameserver", PORTAL, "-", &[record])?;
+        let core = GATEWAY_CORE.to_string();
+        let pinned = ["taskset", "-c", &core].map(str::to_owned).into_iter();
+        let spool = directory.join("flow_logs");
         let options = Options {
-            resources: vec![lan4()],
+            resources: vec![lan4(), named()],
             expiry: None,
             launch: Launch {
-                wrapper: ["taskset", "-c", &GATEWAY_CORE.to_string()].map(str::to_owned).to_vec(),
+                wrapper: pinned.chain(ResolvConf::new(&cx, &[PORTAL])?.launch(&cx)?.wrapper).collect(),
+                environment: vec![("FIREZONE_FLOW_LOGS_DIR", spool.display().to_string())],
                 ..Launch::default()
             },
             ..Options::default()
         };
         let mut lab = Lab::start(&cx, &options)?;
+        // Tokens say whether records are kept for an upload when access is granted.
+        wish_flow_logs(&lab, true);
         for (index, relayed) in [(0, false), (1, true)] {
-            lab.connect(index, &[lan4()])?;
+            lab.connect(index, &[lan4(), named()])?;
             ping(&cx.topology.clients[index].namespace, LAN_HOST.0.into())?;
             let way = lab.clients[index].path().context("the client named no path")?;
             ensure!((way != Way::Direct) == relayed, "client {index}: the path is {way:?}");
         }
+        wish_flow_logs(&lab, false);
         let servers = Who::ALL.into_iter().map(|who| traffic::server(&cx, who)).collect::<Result<_>>()?;
-        let mut bed = Self { cx, lab, peers: Vec::new(), servers, napi, notes };
+        let counting = Cell::new(false);
+        let mut bed = Self {
+            cx,
+            lab,
+            peers: Vec::new(),
+            servers,
+            napi,
+            notes,
+            counting,
+            spool,
+            _nameserver: nameserver,
+        };
         for who in [Who::BoringTun, Who::WireGuardGo] {
             match peers::start(&bed.cx, who) {
                 Ok(peer) => bed.peers.push(peer),
@@ -137,7 +187,7 @@ impl Bed {
     /// Who can be measured.
     pub(super) fn contenders(&self) -> Vec<Who> {
         let there = |who: &Who| match who {
-            Who::Ours | Who::Kernel => true,
+            Who::Ours | Who::Kernel | Who::Counting | Who::Named => true,
             _ => self.peers.iter().any(|peer| peer.who == *who),
         };
         Who::ALL.into_iter().filter(there).collect()
@@ -146,10 +196,45 @@ impl Bed {
     /// The process that forwards.
     pub(super) fn pid(&self, who: Who) -> Option<u32> {
         match who {
-            Who::Ours => Some(self.lab.gateway.pid()),
+            Who::Ours | Who::Counting | Who::Named => Some(self.lab.gateway.pid()),
             Who::Kernel => None,
             _ => self.peers.iter().find(|peer| peer.who == who).map(|peer| peer.server.pid()),
         }
+    }
+
+    /// From now on the client has a name for the LAN host, too. Not before all others are measured: a client that was once
+    /// translated has a table that its other packets are looked up in, as well.
+    ///
+    /// # Errors
+    /// If the gateway does not find it.
+    pub(super) fn assign_name(&mut self) -> Result<()> {
+        let status = names::assign(&mut self.lab, &named(), NAME)?;
+        ensure!(status == "Active", "{NAME} is {status}");
+        ping(&self.cx.topology.clients[0].namespace, PROXY.into())
+    }
+
+    /// The gateway counts flows if it is to be measured with that, and not otherwise.
+    pub(super) fn set_counting(&self, who: Who) {
+        let wanted = who == Who::Counting;
+        if self.counting.replace(wanted) != wanted {
+            wish_flow_logs(&self.lab, wanted);
+            // One message to the gateway, one command to its worker.
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Records of flows that the gateway has kept, beginnings and ends.
+    ///
+    /// # Errors
+    /// If there is no spool.
+    pub(super) fn records(&self) -> Result<usize> {
+        let mut records = 0;
+        for authorization in std::fs::read_dir(self.spool.join("responder"))? {
+            let names = std::fs::read_dir(authorization?.path())?;
+            records +=
+                names.flatten().filter(|file| file.path().extension() == Some("json".as_ref())).count();
+        }
+        Ok(records)
     }
 
     /// Segmentation offloads of every link: on is a virtual machine's or a NIC's, off is one datagram a frame.
@@ -199,6 +284,15 @@ impl Bed {
         }
         Ok(())
     }
+}
+
+/// The portal wants flow logs, or does not any more. Nobody takes them: they are kept on disk.
+fn wish_flow_logs(lab: &Lab, on: bool) {
+    lab.portal.configure(|config| {
+        config.flow_logs.api_url = "https://127.0.0.1:9".to_owned();
+        config.flow_logs.upload_interval_secs = if on { 3600 } else { 0 };
+    });
+    lab.portal.push_init();
 }
 
 /// The other ends of the gateway's two links.

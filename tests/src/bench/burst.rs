@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use quinn_udp::{RecvMeta, Transmit, UdpSocketState};
 
-use super::traffic::Direction;
+use super::{bed::Who, traffic::Direction};
 use crate::net::NetNs;
 
 /// Where the LAN host waits on each contender's address.
@@ -47,20 +47,20 @@ pub(super) struct Seen {
     pub(super) seconds: f64,
 }
 
-/// Sends between a host and the LAN host's `address`.
+/// Sends between a host and the LAN host, through `who`.
 ///
 /// # Errors
 /// If the LAN host hears no hello, or a socket fails.
 pub(super) fn run(
     client: &NetNs,
     lan: &NetNs,
-    address: Ipv4Addr,
+    who: Who,
     bursts: Bursts,
     direction: Direction,
     seconds: u32,
 ) -> Result<Seen> {
-    let target = SocketAddr::from((address, PORT));
-    let far = lan.run(|| Ok(UdpSocket::bind(target)?)).context("on the LAN host")?;
+    let [target, address] = [who.target(), who.address()].map(|ip| SocketAddr::from((ip, PORT)));
+    let far = lan.run(|| Ok(UdpSocket::bind(address)?)).context("on the LAN host")?;
     let near =
         client.run(|| Ok(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?)).context("on the client's host")?;
     let from = greet(&near, &far, target)?;

@@ -54,6 +54,7 @@ pub(super) fn render(results: &Results) -> String {
         about.seconds
     );
     rows(&mut text, &results.rows);
+    tasks(&mut text, &results.tasks);
     if !results.aead.is_empty() {
         text.push_str("\n| encryption alone, ns per packet | seal | open |\n|---|---|---|\n");
         for one in &results.aead {
@@ -128,6 +129,36 @@ fn rows(text: &mut String, rows: &[Row]) {
             let _ = write!(text, " {cell} |");
         }
         text.push('\n');
+    }
+}
+
+/// The ratio first: what a packet costs with the task, to what it costs without.
+fn tasks(text: &mut String, rows: &[Row]) {
+    if rows.is_empty() {
+        return;
+    }
+    text.push_str(
+        "\n| further task | ns per packet, to without | ns per packet | without | process alone | without |\n\
+         |---|---|---|---|---|---|\n",
+    );
+    for row in rows {
+        let [without, with] = &row.contenders[..] else { continue };
+        let mark = if with.summary.void_runs == with.runs.len() { " (void)" } else { "" };
+        let ratio = with.summary.ns_per_packet.median / without.summary.ns_per_packet.median;
+        let rounds =
+            with.runs.iter().zip(&without.runs).filter(|(a, b)| !mark.is_empty() || !(a.void || b.void));
+        let rounds = Spread::of(rounds.map(|(a, b)| a.ns_per_packet() / b.ns_per_packet()).collect());
+        let _ = writeln!(
+            text,
+            "| {}{mark} | **{ratio:.3}x** ({:.3}-{:.3}) | {} | {} | {} | {} |",
+            row.name,
+            rounds.min,
+            rounds.max,
+            spread(&with.summary.ns_per_packet, 0),
+            spread(&without.summary.ns_per_packet, 0),
+            spread(&with.summary.process_ns_per_packet, 0),
+            spread(&without.summary.process_ns_per_packet, 0),
+        );
     }
 }
 
@@ -221,7 +252,7 @@ mod tests {
     fn readme_shows_what_results_json_holds() {
         let json = std::fs::read_to_string(root().join("bench/results.json")).unwrap();
         let results: Results = serde_json::from_str(&json).unwrap();
-        for contender in results.rows.iter().flat_map(|row| &row.contenders) {
+        for contender in results.rows.iter().chain(&results.tasks).flat_map(|row| &row.contenders) {
             assert_eq!(contender.summary, Summary::of(&contender.runs), "{}", contender.name);
         }
         let readme = std::fs::read_to_string(root().join("README.md")).unwrap();

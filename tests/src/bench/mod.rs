@@ -20,11 +20,11 @@ mod workers;
 
 use std::{path::Path, path::PathBuf, process::Command, process::ExitCode};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use self::{
     accounting::OTHER_CORE,
-    bed::Bed,
+    bed::{Bed, Who},
     report::{About, Results},
     rows::Effort,
 };
@@ -114,11 +114,16 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
 
 fn measure(arguments: &Arguments, cores: usize, directory: &Path, refused: Option<String>) -> Result<()> {
     let mut plans = rows::all();
+    let mut tasks = [Who::Counting, Who::Named].map(|who| (who, rows::tasks(who)));
     if let Some(only) = &arguments.only {
         plans.retain(|plan| plan.name().contains(only.as_str()));
+        for (_, tasks) in &mut tasks {
+            tasks.retain(|plan| plan.name().contains(only.as_str()));
+        }
     }
     if arguments.smoke {
         plans.truncate(1);
+        tasks.iter_mut().for_each(|(_, tasks)| tasks.truncate(usize::from(plans.is_empty())));
     }
     let effort = arguments.effort();
     println!("making a small internet, the gateway, its peers and their clients");
@@ -132,7 +137,18 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path, refused: Optio
         None => !arguments.smoke,
     };
     let rows = rows::measure(&bed, &plans, effort)?;
-    for row in &rows {
+    let mut task_rows = Vec::new();
+    for (who, plans) in tasks.iter().filter(|(_, plans)| !plans.is_empty()) {
+        if *who == Who::Named {
+            bed.assign_name()?;
+        }
+        task_rows.extend(rows::measure(&bed, plans, effort)?);
+        // One for each beginning at least.
+        let records = bed.records().context("flow logs")?;
+        println!("    {records} records of flows");
+        ensure!(*who != Who::Counting || records >= plans.len() * effort.rounds, "only {records} records of flows");
+    }
+    for row in rows.iter().chain(&task_rows) {
         let ours = &row.contenders[0].summary;
         ensure!(ours.ns_per_packet.median > 0.0, "{}: no cost was measured", row.name);
     }
@@ -160,7 +176,8 @@ fn measure(arguments: &Arguments, cores: usize, directory: &Path, refused: Optio
     }
     notes.extend(failures.iter().cloned());
     notes.extend(NOTES.iter().map(|&note| note.to_owned()));
-    let results = Results { about: about(arguments, cores, effort)?, notes, rows, aead, workers, floods };
+    let about = about(arguments, cores, effort)?;
+    let results = Results { about, notes, rows, tasks: task_rows, aead, workers, floods };
     println!("\n{}", markdown::render(&results));
     if everything {
         markdown::save(&results)?;
@@ -189,6 +206,9 @@ const NOTES: &[&str] = &[
     "UDP without bursts is one datagram a system call: 25 us apart at 400 Mbit/s, about two for each look of NAPI. At 200 Mbit/s \
      there is one, and no offload has anything to do: the kernel's routing of that one packet and the wake-up are the same for \
      everybody, half of our cost, and bound the ratio. Bursts of 10 datagrams a call are what QUIC stacks send.",
+    "Further tasks: the same process, in turns with itself. Flows counted: the portal wants flow logs, or does not; records are kept \
+     on disk, and none is uploaded. DNS resource: what is sent to a proxy address, translated, beside what is sent to the same \
+     host by its own address.",
     "Relayed rows have no peer (a plain WireGuard server speaks no TURN); coturn, on core 0 with the clients, bounds their \
      throughput, and sends every datagram by a call of its own.",
     "Several workers: each worker has a core and the same load, 16 clients together, in bursts of 32 datagrams of 1200 bytes; \

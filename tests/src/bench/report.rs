@@ -13,6 +13,9 @@ pub(super) struct Results {
     /// What the kernel refused, who is missing, and what else a reader must know.
     pub(super) notes: Vec<String>,
     pub(super) rows: Vec<Row>,
+    /// Two contenders each: ours, and ours with a further task.
+    #[serde(default)]
+    pub(super) tasks: Vec<Row>,
     pub(super) aead: Vec<Aead>,
     pub(super) workers: Vec<Workers>,
     pub(super) floods: Vec<Flood>,

@@ -16,6 +16,16 @@ pub(super) struct Plan {
     load: Load,
     direction: Direction,
     offloads: bool,
+    beside: Beside,
+}
+
+/// Whom we are compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    /// Everybody else.
+    Others,
+    /// Ourselves, doing more: [`Who::Counting`] or [`Who::Named`].
+    Ourselves(Who),
 }
 
 /// How often and how long.
@@ -56,12 +66,40 @@ pub(super) fn all() -> Vec<Plan> {
     for (offloads, relayed) in [(true, false), (true, true), (false, false), (false, true)] {
         let loads: &[Load] = if offloads && !relayed { &DIRECT } else { &SLOWER };
         for load in loads {
-            plans.extend(both.map(|direction| Plan { relayed, load: *load, direction, offloads }));
+            plans.extend(both.map(|direction| Plan {
+                relayed,
+                load: *load,
+                direction,
+                offloads,
+                beside: Beside::Others,
+            }));
         }
     }
     // Merging is what outbound packets meet. A relay's row would be the relay's, and inbound some of the peers are too slow for
     // so many streams: iperf3 loses its own connection then.
-    plans.insert(2, Plan { relayed: false, load: MANY, direction: Direction::Outbound, offloads: true });
+    let many = Plan {
+        relayed: false,
+        load: MANY,
+        direction: Direction::Outbound,
+        offloads: true,
+        beside: Beside::Others,
+    };
+    plans.insert(2, many);
+    plans
+}
+
+/// What a further task of a gateway costs, beside the same gateway without it.
+pub(super) fn tasks(who: Who) -> Vec<Plan> {
+    let mut plans = Vec::new();
+    for load in [ONE, bursts(400)] {
+        plans.extend([Direction::Outbound, Direction::Inbound].map(|direction| Plan {
+            relayed: false,
+            load,
+            direction,
+            offloads: true,
+            beside: Beside::Ourselves(who),
+        }));
+    }
     plans
 }
 
@@ -81,7 +119,12 @@ impl Plan {
             Direction::Inbound => "inbound",
         };
         let offloads = if self.offloads { "offloads on" } else { "offloads off" };
-        format!("{way} {load} {direction}, {offloads}")
+        let task = match self.beside {
+            Beside::Ourselves(Who::Counting) => "flows counted: ",
+            Beside::Ourselves(Who::Named) => "DNS resource: ",
+            Beside::Ourselves(_) | Beside::Others => "",
+        };
+        format!("{task}{way} {load} {direction}, {offloads}")
     }
 }
 
@@ -96,7 +139,11 @@ pub(super) fn measure(bed: &Bed, plans: &[Plan], effort: Effort) -> Result<Vec<R
         let name = plan.name();
         println!("[{}/{}] {name}", index + 1, plans.len());
         bed.set_offloads(plan.offloads)?;
-        let who = if plan.relayed { vec![Who::Ours] } else { bed.contenders() };
+        let who = match plan.beside {
+            Beside::Ourselves(more) => vec![Who::Ours, more],
+            Beside::Others if plan.relayed => vec![Who::Ours],
+            Beside::Others => bed.contenders(),
+        };
         let mut runs: Vec<Vec<Run>> = vec![Vec::new(); who.len()];
         for round in 1..=effort.rounds {
             for (who, runs) in who.iter().zip(&mut runs) {

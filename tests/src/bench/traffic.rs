@@ -44,7 +44,7 @@ const PORT: u16 = 5301;
 /// # Errors
 /// If it cannot be started.
 pub(super) fn server(cx: &Context, who: Who) -> Result<Process> {
-    let (address, port) = (who.target().to_string(), PORT.to_string());
+    let (address, port) = (who.address().to_string(), PORT.to_string());
     let command = ["iperf3", "-s", "-B", &address, "-p", &port].map(str::to_owned).to_vec();
     let name = format!("iperf3 for {}", who.name());
     Process::spawn(&cx.topology.lan, &cx.logs, &Spawn { name: &name, command, ..Spawn::default() })
@@ -62,6 +62,7 @@ pub(super) fn run(
     direction: Direction,
     seconds: u32,
 ) -> Result<Run> {
+    bed.set_counting(who);
     let client = &bed.cx.topology.clients[index].namespace;
     let meter = Meter::new(bed.pid(who), &bed.napi);
     let before = meter.read()?;
@@ -72,7 +73,7 @@ pub(super) fn run(
             arrived(&iperf3(client, IpAddr::V4(who.target()), &words)?, load)?
         }
         Load::Bursts(bursts) => {
-            let seen = burst::run(client, &bed.cx.topology.lan, who.target(), bursts, direction, seconds)?;
+            let seen = burst::run(client, &bed.cx.topology.lan, who, bursts, direction, seconds)?;
             Arrived::datagrams(seen.sent, seen.arrived, bursts.bytes, seen.seconds)
         }
     };

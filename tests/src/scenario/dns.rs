@@ -264,19 +264,19 @@ fn route(client: &NetNs, own: [IpAddr; 2]) -> Result<()> {
 }
 
 /// A file that is mounted over the daemon's /etc/resolv.conf.
-pub(super) struct ResolvConf {
+pub(crate) struct ResolvConf {
     path: PathBuf,
 }
 
 impl ResolvConf {
-    pub(super) fn new(cx: &Context, servers: &[Ipv4Addr]) -> Result<Self> {
+    pub(crate) fn new(cx: &Context, servers: &[Ipv4Addr]) -> Result<Self> {
         let file = Self { path: cx.logs.file("resolv.conf") };
         file.write(servers)?;
         Ok(file)
     }
 
     /// The daemon with this file; skips the scenario where nothing can be mounted.
-    pub(super) fn launch(&self, cx: &Context) -> Result<Launch> {
+    pub(crate) fn launch(&self, cx: &Context) -> Result<Launch> {
         let mount = format!("mount --bind '{}' /etc/resolv.conf && exec \"$@\"", self.path.display());
         let wrapper = in_mount_namespace(&mount);
         can_run(cx, &wrapper)?;
@@ -290,7 +290,7 @@ impl ResolvConf {
 }
 
 /// A dnsmasq on one address of the portal's host.
-pub(super) struct Nameserver(Process);
+pub(crate) struct Nameserver(Process);
 
 impl Nameserver {
     /// `note` is what it has to say as TXT of `_note.lan.test`.
@@ -299,7 +299,7 @@ impl Nameserver {
     }
 
     /// `hosts` are names of `lan.test` and their addresses, as in `--host-record`.
-    pub(super) fn start_with(
+    pub(crate) fn start_with(
         cx: &Context,
         name: &str,
         address: Ipv4Addr,

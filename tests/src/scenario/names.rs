@@ -27,7 +27,8 @@ use crate::{
 const SECOND: Duration = Duration::from_secs(1);
 
 /// What a client assigns to a name: some of both families, and more than it needs.
-const PROXIES: [&str; 4] = ["100.96.0.1", "100.96.0.2", "fd00:2021:1111:8000::1", "fd00:2021:1111:8000::2"];
+pub(crate) const PROXIES: [&str; 4] =
+    ["100.96.0.1", "100.96.0.2", "fd00:2021:1111:8000::1", "fd00:2021:1111:8000::2"];
 
 fn names() -> Resource {
     Resource::dns("names", "*.lan.test")
@@ -138,8 +139,8 @@ fn bad_checksums(host: &NetNs) -> Result<String> {
     run(host, 5 * SECOND, &command)?.success()
 }
 
-/// What the gateway answers.
-fn assign(lab: &mut Lab, resource: &Resource, name: &str) -> Result<String> {
+/// Client 0 assigns [`PROXIES`] to a name. What the gateway answers.
+pub(crate) fn assign(lab: &mut Lab, resource: &Resource, name: &str) -> Result<String> {
     let client = &mut lab.clients[0];
     client.forget_events();
     let proxies = PROXIES.iter().map(|ip| ip.parse()).collect::<Result<Vec<IpAddr>, _>>()?;
