@@ -132,7 +132,7 @@ fn rows(text: &mut String, rows: &[Row]) {
     }
 }
 
-/// The ratio first: what a packet costs with the task, to what it costs without.
+/// The ratio first: what a packet costs with the task, to what it cost without in the same round.
 fn tasks(text: &mut String, rows: &[Row]) {
     if rows.is_empty() {
         return;
@@ -144,14 +144,14 @@ fn tasks(text: &mut String, rows: &[Row]) {
     for row in rows {
         let [without, with] = &row.contenders[..] else { continue };
         let mark = if with.summary.void_runs == with.runs.len() { " (void)" } else { "" };
-        let ratio = with.summary.ns_per_packet.median / without.summary.ns_per_packet.median;
         let rounds =
             with.runs.iter().zip(&without.runs).filter(|(a, b)| !mark.is_empty() || !(a.void || b.void));
         let rounds = Spread::of(rounds.map(|(a, b)| a.ns_per_packet() / b.ns_per_packet()).collect());
         let _ = writeln!(
             text,
-            "| {}{mark} | **{ratio:.3}x** ({:.3}-{:.3}) | {} | {} | {} | {} |",
+            "| {}{mark} | **{:.3}x** ({:.3}-{:.3}) | {} | {} | {} | {} |",
             row.name,
+            rounds.median,
             rounds.min,
             rounds.max,
             spread(&with.summary.ns_per_packet, 0),
