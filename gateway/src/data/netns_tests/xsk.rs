@@ -131,12 +131,11 @@ fn answer(frame: &[u8]) -> Vec<u8> {
 /// What a port received.
 fn receive(port: &mut Port<Socket>) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
-    port.waiting();
-    while port.receive(usize::MAX) > 0 {
-        let (frames, _) = port.split();
-        all.extend(frames.map(<[u8]>::to_vec));
+    port.look();
+    while let Some(batch) = port.receive(usize::MAX) {
+        all.extend(batch.frames().map(<[u8]>::to_vec));
+        port.recycle(batch);
     }
-    port.recycle();
     all
 }
 
@@ -154,9 +153,8 @@ fn receive_all(ports: &mut [Vec<Port<Socket>>], count: usize) -> Vec<(usize, Vec
 }
 
 fn send(port: &mut Port<Socket>, bytes: &[u8]) {
-    let mut sender = port.sender();
-    sender.reserve().expect("the way out is free")[..bytes.len()].copy_from_slice(bytes);
-    assert!(sender.commit(0, bytes.len()));
+    port.reserve().expect("the way out is free")[..bytes.len()].copy_from_slice(bytes);
+    assert!(port.commit(0, bytes.len()));
 }
 
 fn counted(port: &mut Port<Socket>) -> Vec<(DropReason, u64)> {
@@ -171,7 +169,7 @@ fn assert_nothing_is_lost(queue: &Queue, ports: &mut [Port<Socket>]) {
     let offered = SIZES.fill as usize;
     while queue.umem().ours() != SIZES.frames as usize - offered {
         assert!(Instant::now() < deadline, "{} frames are ours", queue.umem().ours());
-        ports.iter_mut().for_each(Port::recycle);
+        ports.iter_mut().for_each(Port::restock);
     }
 }
 
@@ -215,7 +213,7 @@ fn xsk_frames_reach_their_worker_on_every_queue_and_answers_reach_who_asked() {
                         send(&mut ports[usize::from(round) % 2][1], &answer(frame));
                     }
                     for ports in &mut ports {
-                        ports[1].sender().flush();
+                        ports[1].flush();
                     }
                     for (number, sender) in (0..).zip(&senders) {
                         for _ in 0..6 * (WORKERS - 1) {
@@ -320,13 +318,13 @@ fn xsk_frames_wait_while_the_link_is_down_and_the_ring_fills() {
         for _ in 0..SIZES.tx {
             send(port, &frame);
         }
-        port.sender().flush();
-        assert!(port.is_blocked() && port.sender().reserve().is_none(), "another way must be gone");
+        port.flush();
+        assert!(port.is_blocked() && port.reserve().is_none(), "another way must be gone");
         ip("link set veth-a up");
         let deadline = Instant::now() + Duration::from_secs(5);
-        while port.is_blocked() || port.sender().reserve().is_none() {
+        while port.is_blocked() || port.reserve().is_none() {
             assert!(Instant::now() < deadline, "nothing is sent");
-            port.sender().flush();
+            port.flush();
         }
         for _ in 0..SIZES.tx {
             assert_eq!(asked.recv(&mut [0; 9]).expect("what waited"), 5);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Queue (of all workers, one lock)           Port (of one worker)
-//!   fill, completion, pool  <----- recycle ----  batch  <- rx ring
+//!   fill, completion, pool  <----- recycle ----  Batch  <- rx ring
 //!                            ----- recycle ---->  stock  -> tx ring
 //! ```
 //!
@@ -121,13 +121,34 @@ impl Queue {
     }
 }
 
+/// Frames that were received in one go.
+pub struct Batch {
+    umem: Arc<Umem>,
+    frames: ArrayVec<Received, BATCH>,
+}
+
+impl Batch {
+    /// How many there are.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Each from its Ethernet header on.
+    #[inline]
+    pub fn frames(&self) -> impl Iterator<Item = &[u8]> {
+        self.frames.iter().map(|received| received.bytes(&self.umem))
+    }
+}
+
 /// One worker's socket on one queue.
 pub struct Port<W> {
     queue: Arc<Queue>,
     rx: RxRing,
     tx: TxRing,
     wire: W,
-    batch: ArrayVec<Received, BATCH>,
+    /// Where the next batch is put; `None` while one is with the worker.
+    batch: Option<Box<Batch>>,
     stock: ArrayVec<Frame, STOCK>,
     reserved: Option<Frame>,
     /// The kernel did not take all that waits in the transmit ring.
@@ -138,10 +159,19 @@ pub struct Port<W> {
 impl<W: Wire> Port<W> {
     /// Over the rings of a socket that is bound to the queue.
     pub fn new(queue: Arc<Queue>, rx: RxRing, tx: TxRing, wire: W) -> Self {
-        let (batch, stock) = (ArrayVec::new(), ArrayVec::new());
-        let counted = Statistics::default();
-        let mut port = Self { queue, rx, tx, wire, batch, stock, reserved: None, blocked: false, counted };
-        port.recycle();
+        let batch = Box::new(Batch { umem: Arc::clone(&queue.umem), frames: ArrayVec::new() });
+        let mut port = Self {
+            queue,
+            rx,
+            tx,
+            wire,
+            batch: Some(batch),
+            stock: ArrayVec::new(),
+            reserved: None,
+            blocked: false,
+            counted: Statistics::default(),
+        };
+        port.restock();
         port
     }
 
@@ -150,49 +180,35 @@ impl<W: Wire> Port<W> {
         &self.wire
     }
 
-    /// How many frames wait.
+    /// How many frames wait; [`Port::receive`] goes no further.
     #[inline]
-    pub fn waiting(&mut self) -> usize {
+    pub fn look(&mut self) -> usize {
         self.rx.look()
     }
 
-    /// Takes the next frames, at most `most`, after [`Port::waiting`] has looked; the batch before must be recycled. How
-    /// many there are.
+    /// The next frames, at most `most` of those that [`Port::look`] saw; `None` if there are none, or the batch before was
+    /// not recycled.
     #[inline]
-    pub fn receive(&mut self, most: usize) -> usize {
-        if !self.batch.is_empty() {
-            self.recycle();
-        }
-        while self.batch.len() < most.min(BATCH)
+    pub fn receive(&mut self, most: usize) -> Option<Box<Batch>> {
+        let mut batch = self.batch.take()?;
+        while batch.frames.len() < most.min(BATCH)
             && let Some(received) = self.rx.pop()
         {
-            self.batch.push(received);
+            batch.frames.push(received);
         }
         self.rx.release();
-        self.batch.len()
-    }
-
-    /// What [`Port::receive`] took, and the place for what goes out because of it.
-    #[inline]
-    pub fn split(&mut self) -> (impl Iterator<Item = &[u8]>, Sender<'_, W>) {
-        let Self { queue, tx, wire, batch, stock, reserved, blocked, .. } = self;
-        let umem = &queue.umem;
-        let frames = batch.iter().map(|received| received.bytes(umem));
-        (frames, Sender { queue, tx, wire, stock, reserved, blocked })
-    }
-
-    /// The way out alone.
-    #[inline]
-    pub fn sender(&mut self) -> Sender<'_, W> {
-        let Self { queue, tx, wire, stock, reserved, blocked, .. } = self;
-        Sender { queue, tx, wire, stock, reserved, blocked }
+        if batch.frames.is_empty() {
+            self.batch = Some(batch);
+            return None;
+        }
+        Some(batch)
     }
 
     /// The batch is done with: its frames go back to the kernel, what was sent to the pool, and the stock is filled up.
-    pub fn recycle(&mut self) {
+    pub fn recycle(&mut self, mut batch: Box<Batch>) {
         let mut idle = self.queue.idle();
         let Idle { fill, completion, pool } = &mut *idle;
-        for received in self.batch.drain(..) {
+        for received in batch.frames.drain(..) {
             if let Err(frame) = fill.push(received.into_frame()) {
                 pool.put(frame);
             }
@@ -200,61 +216,18 @@ impl<W: Wire> Port<W> {
         let wake = fill.submit() && fill.needs_wakeup();
         restock(completion, pool, &mut self.stock);
         drop(idle);
+        self.batch = Some(batch);
         if wake {
             self.wire.wake();
         }
     }
 
-    /// Whether frames wait in the transmit ring that the kernel did not take: [`Sender::flush`] again, within a
-    /// millisecond or so.
-    pub fn is_blocked(&self) -> bool {
-        self.blocked
-    }
-
-    /// Counts what the kernel has dropped since the last call: two system calls' worth of work, for once a second.
-    pub fn count_drops(&mut self, drops: &mut Counters) {
-        let statistics = self.wire.statistics();
-        statistics.count_since(&self.counted, drops);
-        self.counted = statistics;
-    }
-}
-
-impl<W> Drop for Port<W> {
-    fn drop(&mut self) {
-        let mut idle = self.queue.idle();
-        let batch = self.batch.drain(..).map(Received::into_frame);
-        for frame in batch.chain(self.stock.drain(..)).chain(self.reserved.take()) {
-            idle.pool.put(frame);
-        }
-    }
-}
-
-fn restock(completion: &mut CompletionRing, pool: &mut Pool, stock: &mut ArrayVec<Frame, STOCK>) {
-    completion.drain(pool);
-    while !stock.is_full()
-        && let Some(frame) = pool.take()
-    {
-        stock.push(frame);
-    }
-}
-
-/// The way out of a [`Port`].
-pub struct Sender<'a, W> {
-    queue: &'a Queue,
-    tx: &'a mut TxRing,
-    wire: &'a W,
-    stock: &'a mut ArrayVec<Frame, STOCK>,
-    reserved: &'a mut Option<Frame>,
-    blocked: &'a mut bool,
-}
-
-impl<W: Wire> Sender<'_, W> {
     /// A whole frame to write to. A reservation that is not committed is forgotten by the next one. `None` while the
     /// kernel takes nothing: go another way.
     #[inline]
     pub fn reserve(&mut self) -> Option<&mut [u8]> {
         if self.tx.is_full() {
-            if !*self.blocked {
+            if !self.blocked {
                 self.flush();
             }
             if self.tx.is_full() {
@@ -265,9 +238,9 @@ impl<W: Wire> Sender<'_, W> {
             if self.stock.is_empty() {
                 self.restock();
             }
-            *self.reserved = Some(self.stock.pop()?);
+            self.reserved = Some(self.stock.pop()?);
         }
-        self.reserved.as_mut().map(|frame| self.queue.umem.bytes_mut(frame))
+        self.reserved()
     }
 
     /// The frame of the last reservation, to finish what is in it.
@@ -284,7 +257,7 @@ impl<W: Wire> Sender<'_, W> {
         match self.tx.push(frame, at, len) {
             Ok(()) => true,
             Err(frame) => {
-                *self.reserved = Some(frame);
+                self.reserved = Some(frame);
                 false
             }
         }
@@ -294,7 +267,7 @@ impl<W: Wire> Sender<'_, W> {
     pub fn flush(&mut self) {
         self.tx.submit();
         let mut waiting = self.tx.waiting();
-        *self.blocked = false;
+        self.blocked = false;
         if waiting == 0 || !self.tx.needs_wakeup() {
             return;
         }
@@ -316,14 +289,46 @@ impl<W: Wire> Sender<'_, W> {
             // Perhaps the completion ring is full.
             self.restock();
         }
-        *self.blocked = true;
+        self.blocked = true;
     }
 
+    /// Whether frames wait in the transmit ring that the kernel did not take: [`Port::flush`] again, within a millisecond
+    /// or so.
+    pub fn is_blocked(&self) -> bool {
+        self.blocked
+    }
+
+    /// Counts what the kernel has dropped since the last call: a system call's worth of work, for once a second.
+    pub fn count_drops(&mut self, drops: &mut Counters) {
+        let statistics = self.wire.statistics();
+        statistics.count_since(&self.counted, drops);
+        self.counted = statistics;
+    }
+
+    /// Takes back what was sent, and fills up the stock. [`Port::recycle`] does it, too.
     #[cold]
-    fn restock(&mut self) {
+    pub fn restock(&mut self) {
         let mut idle = self.queue.idle();
         let Idle { completion, pool, .. } = &mut *idle;
-        restock(completion, pool, self.stock);
+        restock(completion, pool, &mut self.stock);
+    }
+}
+
+impl<W> Drop for Port<W> {
+    fn drop(&mut self) {
+        let mut idle = self.queue.idle();
+        for frame in self.stock.drain(..).chain(self.reserved.take()) {
+            idle.pool.put(frame);
+        }
+    }
+}
+
+fn restock(completion: &mut CompletionRing, pool: &mut Pool, stock: &mut ArrayVec<Frame, STOCK>) {
+    completion.drain(pool);
+    while !stock.is_full()
+        && let Some(frame) = pool.take()
+    {
+        stock.push(frame);
     }
 }
 

@@ -122,7 +122,7 @@ fn xsk_datagrams_with_our_headers_are_taken_by_real_sockets() {
             until(&mut ways, &to, "the bed has said it", |hop| hop.is_some()).await;
             let way: &mut Way = ways.find(&to).unwrap();
             for len in (0..=way.max_payload()).step_by(131).chain([way.max_payload()]) {
-                let mut sender = ports[0].sender();
+                let sender = &mut ports[0];
                 let payload: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
                 let start = {
                     let frame = sender.reserve().unwrap();

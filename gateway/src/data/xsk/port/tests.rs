@@ -21,21 +21,20 @@ fn numbered(number: u32, len: usize) -> Vec<u8> {
 /// What a port has received and not seen; the batch is recycled.
 fn receive(port: &mut Port<TwinWire>) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
-    port.waiting();
-    while port.receive(BATCH) > 0 {
-        let (frames, _) = port.split();
-        all.extend(frames.map(<[u8]>::to_vec));
-        port.recycle();
+    port.look();
+    while let Some(batch) = port.receive(BATCH) {
+        assert!(port.receive(BATCH).is_none(), "one at a time");
+        all.extend(batch.frames().map(<[u8]>::to_vec));
+        port.recycle(batch);
     }
     all
 }
 
 /// Queues a frame; false if the way out is full.
 fn send(port: &mut Port<TwinWire>, at: usize, bytes: &[u8]) -> bool {
-    let mut sender = port.sender();
-    let Some(frame) = sender.reserve() else { return false };
+    let Some(frame) = port.reserve() else { return false };
     frame[at..at + bytes.len()].copy_from_slice(bytes);
-    assert!(sender.commit(at, bytes.len()));
+    assert!(port.commit(at, bytes.len()));
     true
 }
 
@@ -52,12 +51,12 @@ fn assert_nothing_is_lost(kernel: &Rc<RefCell<Kernel>>, queue: &Arc<Queue>, mut 
     for _ in 0..4 {
         for port in &mut ports {
             receive(port);
-            port.sender().flush();
-            port.recycle();
+            port.flush();
+            port.restock();
         }
         kernel.borrow_mut().send_all();
     }
-    ports.iter_mut().for_each(Port::recycle);
+    ports.iter_mut().for_each(Port::restock);
     drop(ports);
     let kernel = kernel.borrow();
     assert_eq!(queue.free(), kernel.umem.ours(), "what is ours is in the pool");
@@ -94,7 +93,7 @@ fn what_is_sent_leaves_in_order_however_many_calls_it_takes() {
         assert!(send(port, 64 - number as usize % 8, &bytes), "frame {number}");
         expect.push(bytes);
     }
-    port.sender().flush();
+    port.flush();
     assert!(!port.is_blocked());
     assert_eq!(kernel.borrow_mut().sent(0), expect);
     let kicks = kernel.borrow().kicks;
@@ -105,7 +104,7 @@ fn what_is_sent_leaves_in_order_however_many_calls_it_takes() {
 #[test]
 fn a_reservation_that_is_not_committed_is_forgotten() {
     let (kernel, queue, mut ports) = twin(SIZES, 1);
-    let mut sender = ports[0].sender();
+    let sender = &mut ports[0];
     sender.reserve().unwrap().fill(1);
     sender.reserve().unwrap()[..60].fill(2);
     for (at, len) in [(0, 0), (2000, 60), (0, 2049)] {
@@ -115,7 +114,7 @@ fn a_reservation_that_is_not_committed_is_forgotten() {
     assert!(!sender.commit(0, 60), "but not one that was taken");
     sender.flush();
     assert_eq!(kernel.borrow_mut().sent(0), [vec![2; 60]]);
-    ports[0].sender().reserve().unwrap();
+    ports[0].reserve().unwrap();
     assert_nothing_is_lost(&kernel, &queue, ports);
 }
 
@@ -124,7 +123,7 @@ fn a_kernel_that_looks_by_itself_is_not_called() {
     let (kernel, queue, mut ports) = twin(SIZES, 1);
     kernel.borrow_mut().set_sleepy(false, false);
     assert!(send(&mut ports[0], 0, &numbered(1, 60)));
-    ports[0].sender().flush();
+    ports[0].flush();
     kernel.borrow_mut().deliver(0, &numbered(1, 60));
     receive(&mut ports[0]);
     assert_eq!((kernel.borrow().kicks, kernel.borrow().wakes), (0, 0));
@@ -135,7 +134,7 @@ fn a_kernel_that_looks_by_itself_is_not_called() {
     kernel.borrow_mut().deliver(0, &numbered(2, 60));
     receive(&mut ports[0]);
     assert_eq!(kernel.borrow().wakes, 1, "once for the batch");
-    ports[0].recycle();
+    ports[0].restock();
     assert_eq!(kernel.borrow().wakes, 1, "not for nothing");
     assert_nothing_is_lost(&kernel, &queue, ports);
 }
@@ -156,7 +155,7 @@ fn a_device_that_is_down_fills_the_ring_and_then_nothing_is_taken_until_it_is_up
     assert!(calls < 20, "{calls} calls: what is blocked is not tried for each frame");
     assert!(ports[0].is_blocked());
     kernel.borrow_mut().down = false;
-    ports[0].sender().flush();
+    ports[0].flush();
     assert!(!ports[0].is_blocked());
     assert_eq!(kernel.borrow_mut().sent(0), taken, "nothing of it is lost");
     assert_nothing_is_lost(&kernel, &queue, ports);
@@ -168,13 +167,13 @@ fn a_full_completion_ring_is_emptied_and_one_that_stays_full_blocks() {
     for number in 0..60 {
         assert!(send(&mut ports[0], 0, &numbered(number, 60)));
     }
-    ports[0].sender().flush();
+    ports[0].flush();
     assert_eq!(kernel.borrow_mut().sent(0).len(), 60, "by several calls");
     kernel.borrow_mut().completes = false;
     for number in 0..60 {
         assert!(send(&mut ports[0], 0, &numbered(number, 60)));
     }
-    ports[0].sender().flush();
+    ports[0].flush();
     assert!(ports[0].is_blocked());
     assert_eq!(kernel.borrow_mut().sent(0).len(), 16);
     kernel.borrow_mut().complete(16);
@@ -211,10 +210,10 @@ fn too_few_frames_to_send_are_no_error_and_no_loss() {
     assert!(send(&mut ports[0], 0, &numbered(0, 60)) && send(&mut ports[0], 0, &numbered(1, 60)));
     assert!(!send(&mut ports[0], 0, &numbered(2, 60)), "there are only two");
     assert!(!send(&mut ports[1], 0, &numbered(2, 60)));
-    ports[0].sender().flush();
+    ports[0].flush();
     kernel.borrow_mut().complete(1);
     assert!(send(&mut ports[1], 0, &numbered(2, 60)), "what the one has sent is the other's");
-    ports[1].sender().flush();
+    ports[1].flush();
     kernel.borrow_mut().complete(9);
     drop(ports);
     let (free, held) = (queue.free(), kernel.borrow().held());
@@ -249,22 +248,22 @@ fn whatever_happens_in_whatever_order_no_frame_is_lost() {
                 }
                 13..15 => {
                     let port = &mut ports[socket];
-                    port.waiting();
-                    port.receive(rng.random_range(0..=BATCH));
-                    let (frames, mut sender) = port.split();
-                    for frame in frames {
+                    port.look();
+                    let Some(batch) = port.receive(rng.random_range(0..=BATCH)) else { continue };
+                    for frame in batch.frames() {
                         assert_eq!(Some(frame), arriving[socket].pop_front().as_deref(), "seed {seed}");
                         received += 1;
                         // An answer in the middle of the batch.
-                        if let Some(out) = sender.reserve() {
+                        if let Some(out) = port.reserve() {
                             out[..frame.len()].copy_from_slice(frame);
-                            assert!(sender.commit(0, frame.len()));
+                            assert!(port.commit(0, frame.len()));
                             leaving[socket].push_back(frame.to_vec());
                         }
                     }
+                    port.recycle(batch);
                 }
-                15 => ports[socket].recycle(),
-                16 => ports[socket].sender().flush(),
+                15 => ports[socket].restock(),
+                16 => ports[socket].flush(),
                 17 => {
                     let mut kernel = kernel.borrow_mut();
                     kernel.completes = !kernel.completes;
