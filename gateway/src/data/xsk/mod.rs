@@ -2,10 +2,12 @@
 
 #![expect(dead_code, reason = "only tests open such sockets until there is a fast path")]
 
+mod backend;
 mod headers;
 mod memory;
 mod neighbours;
 mod netlink;
+mod order;
 mod port;
 mod ring;
 mod socket;
@@ -16,7 +18,7 @@ mod ways;
 
 #[cfg(test)]
 pub use self::{
-    headers::{Hop, PAYLOAD_AT, Way},
+    headers::{Hop, PAYLOAD_AT},
     netlink::Watch,
     port::{Port, Queue},
     socket::{OpenError, Place, Sizes, Socket, Transfer, open},

@@ -117,11 +117,18 @@ impl Board {
     }
 }
 
+/// The addresses and ports of a route.
+type Key = (Option<SocketAddr>, SocketAddr);
+
 /// One worker's ways.
 pub struct Ways {
     board: Arc<Board>,
     epoch: u64,
-    known: FxHashMap<(Option<SocketAddr>, SocketAddr), Option<Way>>,
+    /// Where in `list` each way is; `None`: through the kernel.
+    known: FxHashMap<Key, Option<usize>>,
+    list: Vec<Way>,
+    /// What was found last: most datagrams follow one of their own route.
+    recent: Option<(Key, Option<usize>)>,
     /// Our port in each family, for datagrams without a source.
     port_v4: u16,
     port_v6: u16,
@@ -133,7 +140,8 @@ impl Ways {
     /// Nothing is known.
     pub fn new(board: Arc<Board>, port_v4: u16, port_v6: u16) -> Self {
         let epoch = board.epoch.load(Ordering::Acquire);
-        Self { board, epoch, known: FxHashMap::default(), port_v4, port_v6, id: 0 }
+        let (known, list) = (FxHashMap::default(), Vec::new());
+        Self { board, epoch, known, list, recent: None, port_v4, port_v6, id: 0 }
     }
 
     /// Forgets what is not so any more. Call before each batch.
@@ -142,26 +150,43 @@ impl Ways {
         let epoch = self.board.epoch.load(Ordering::Acquire);
         if epoch != self.epoch {
             self.epoch = epoch;
-            self.known.clear();
+            self.forget();
         }
     }
 
-    /// The headers for `route`; `None`: through the kernel.
+    fn forget(&mut self) {
+        self.known.clear();
+        self.list.clear();
+        self.recent = None;
+    }
+
+    /// The number of the headers for `route`, good for this batch; `None`: through the kernel.
     #[inline]
-    pub fn find(&mut self, route: &Route) -> Option<&mut Way> {
+    pub fn find(&mut self, route: &Route) -> Option<usize> {
         let key = (route.src, route.dst);
-        // Looked up twice, because a borrow that is returned cannot be given up again.
-        if !self.known.contains_key(&key) {
-            self.learn(key);
+        if let Some((recent, way)) = self.recent
+            && recent == key
+        {
+            return way;
         }
-        self.known.get_mut(&key)?.as_mut()
+        let way = match self.known.get(&key) {
+            Some(way) => *way,
+            None => self.learn(key),
+        };
+        self.recent = Some((key, way));
+        way
+    }
+
+    /// The headers of that number.
+    #[inline]
+    pub fn way(&mut self, number: usize) -> Option<&mut Way> {
+        self.list.get_mut(number)
     }
 
     #[cold]
-    fn learn(&mut self, key: (Option<SocketAddr>, SocketAddr)) {
+    fn learn(&mut self, key: Key) -> Option<usize> {
         let (src, dst) = key;
-        let pair = Pair { src: src.map(|src| src.ip()), dst: dst.ip() };
-        let way = match self.board.ask(pair) {
+        let way = match self.board.ask(Pair { src: src.map(|src| src.ip()), dst: dst.ip() }) {
             Answer::Slow => None,
             Answer::Fast(hop, source) => {
                 let port = if dst.is_ipv4() { self.port_v4 } else { self.port_v6 };
@@ -172,9 +197,14 @@ impl Ways {
             }
         };
         if self.known.len() >= MOST {
-            self.known.clear();
+            self.forget();
         }
-        self.known.insert(key, way);
+        let number = way.map(|way| {
+            self.list.push(way);
+            self.list.len() - 1
+        });
+        self.known.insert(key, number);
+        number
     }
 }
 
@@ -215,7 +245,8 @@ mod tests {
         for ways in &mut ways {
             assert!(ways.find(&to_a).is_none(), "not in the middle of a batch");
             ways.begin_batch();
-            assert_eq!(ways.find(&to_a).unwrap().hop(), &HOP);
+            let found = ways.find(&to_a).unwrap();
+            assert_eq!(ways.way(found).unwrap().hop(), &HOP);
             assert!(ways.find(&to_b).is_none());
         }
         assert!(board.publish([(pair, Answer::Slow)]));
@@ -240,7 +271,8 @@ mod tests {
             assert!(board.publish(answers));
             ways.begin_batch();
             let mut frame = [0; 128];
-            let start = ways.find(&route).unwrap().finish(&mut frame, 8, Ecn::NotEct).unwrap();
+            let found = ways.find(&route).unwrap();
+            let start = ways.way(found).unwrap().finish(&mut frame, 8, Ecn::NotEct).unwrap();
             let udp = super::super::headers::PAYLOAD_AT - 8;
             let end_of_source = if dst.starts_with('[') { udp - 16 } else { udp - 4 };
             assert_eq!(hex::encode(&frame[end_of_source - 4..end_of_source]), last, "{dst}");

@@ -11,7 +11,7 @@ use gateway_proto::{Ecn, Route};
 use super::{Bed, SIZES};
 use crate::data::{
     netns_tests::{in_netns, ip},
-    xsk::{Board, Hop, PAYLOAD_AT, Watch, Way, Ways},
+    xsk::{Board, Hop, PAYLOAD_AT, Watch, Ways},
 };
 
 fn route(dst: &str) -> Route {
@@ -23,7 +23,8 @@ async fn until(ways: &mut Ways, route: &Route, what: &str, wanted: impl Fn(Optio
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         ways.begin_batch();
-        let hop = ways.find(route).map(|way| *way.hop());
+        let found = ways.find(route);
+        let hop = found.and_then(|way| ways.way(way)).map(|way| *way.hop());
         if wanted(hop.as_ref()) {
             return;
         }
@@ -120,7 +121,8 @@ fn xsk_datagrams_with_our_headers_are_taken_by_real_sockets() {
             let socket = bed.socket(there);
             let to = Route { src: None, dst: socket.local_addr().unwrap(), ecn: Ecn::Ect0 };
             until(&mut ways, &to, "the bed has said it", |hop| hop.is_some()).await;
-            let way: &mut Way = ways.find(&to).unwrap();
+            let found = ways.find(&to).unwrap();
+            let way = ways.way(found).unwrap();
             for len in (0..=way.max_payload()).step_by(131).chain([way.max_payload()]) {
                 let sender = &mut ports[0];
                 let payload: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
