@@ -39,7 +39,7 @@ fn state(world: &World) -> ClientState {
     }
 }
 
-fn clock(world: &World) -> Command {
+pub fn clock(world: &World) -> Command {
     Command::WallClock(Meeting { unix: UnixTime(BEGIN), at: world.now })
 }
 
@@ -65,13 +65,13 @@ fn segment(src: (&str, u16), dst: (&str, u16), flags: u8, payload: usize) -> Vec
     ip(src.0, dst.0, 6, &segment)
 }
 
-fn flows(world: &mut World) -> Vec<FlowReport> {
+pub fn flows(world: &mut World) -> Vec<FlowReport> {
     let flow = |event| if let WorkerEvent::Flow(report) = event { Some(*report) } else { None };
     world.events().into_iter().filter_map(flow).collect()
 }
 
 /// Packets and bytes out, packets and bytes in; `None` if it goes on.
-fn carried(report: &FlowReport) -> Option<[u64; 4]> {
+pub fn carried(report: &FlowReport) -> Option<[u64; 4]> {
     report.end.map(|end| [end.tx_packets, end.tx_bytes, end.rx_packets, end.rx_bytes])
 }
 

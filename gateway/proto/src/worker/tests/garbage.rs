@@ -10,6 +10,9 @@ fn no_bytes_panic_and_each_input_is_counted_once() {
         let mut random = SmallRng::seed_from_u64(seed);
         let mut world = if seed % 2 == 0 { World::new(&lan()) } else { World::relayed(&lan()) };
         world.handshake();
+        // Not all the time, so that both ways are walked.
+        world.command(Command::Accounting { on: !seed.is_multiple_of(5) });
+        world.command(flows::clock(&world));
         let resources = [cidr(1, "10.44.0.0/24", &[]), dns(3, "**.x")];
         names::tell_on(&mut world, &resources, (seed % 3 > 0).then(direct), &names::example());
         let samples = [
@@ -63,9 +66,23 @@ fn no_bytes_panic_and_each_input_is_counted_once() {
             world.sink.datagrams.clear();
             world.check_accounts();
         }
+        world.command(Command::Shutdown);
+        check_records(&mut world, seed);
         let counters = world.worker.counters();
         assert!(counters.iter().count() > 8, "the sample reaches many reasons: {counters:?}");
     }
+}
+
+/// What began has ended, and nothing is in a record that did not pass.
+fn check_records(world: &mut World, seed: u64) {
+    let reports = flows::flows(world);
+    let ends: Vec<_> = reports.iter().filter_map(flows::carried).collect();
+    assert_eq!(ends.len() * 2, reports.len(), "seed {seed}");
+    assert_eq!(ends.is_empty(), seed.is_multiple_of(5), "seed {seed}");
+    let [tx, _, rx, _] = ends.iter().fold([0; 4], |sum, end| std::array::from_fn(|n| sum[n] + end[n]));
+    let t = world.worker.traffic();
+    assert!(tx <= t.outbound_direct.packets + t.outbound_relayed.packets, "seed {seed}: {tx} of {t:?}");
+    assert!(rx <= t.inbound_direct.packets + t.inbound_relayed.packets, "seed {seed}: {rx} of {t:?}");
 }
 
 fn mutate(random: &mut SmallRng, bytes: &mut Vec<u8>) {

@@ -58,7 +58,10 @@ fn with_names(state: ClientState, domains: &[Arc<Domain>]) -> ClientState {
 
 pub fn tell_on(world: &mut World, resources: &[Resource], path: Option<Path>, domains: &[Arc<Domain>]) {
     let connection = Connection::Present(world.client.keys(), path);
-    let state = ClientState::new(world.client.tunnel, connection, resources.into());
+    let state = ClientState {
+        attributions: attributions(&[1, 2, 3]),
+        ..ClientState::new(world.client.tunnel, connection, resources.into())
+    };
     world.tell_state(with_names(state, domains));
 }
 
