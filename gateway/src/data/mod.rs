@@ -73,6 +73,7 @@ use self::{
     udp::Sockets,
     wake::Wake,
     worker_thread::WorkerThread,
+    xsk::Fast,
 };
 use crate::bpf;
 
@@ -131,7 +132,8 @@ impl DataPlane {
                 workers,
             })
         };
-        Self::start_with(&tun_name, workers, buffers, allowed, core)
+        // No fast path yet: nothing attaches the XDP program that would feed it.
+        Self::start_with(&tun_name, workers, buffers, allowed, core, |_, _| None)
     }
 
     fn start_with<C: Core>(
@@ -140,6 +142,7 @@ impl DataPlane {
         buffers: BufferSizes,
         allowed: Capabilities,
         core: impl Fn(WorkerId) -> C,
+        fast: impl Fn(WorkerId, &Sockets) -> Option<Fast>,
     ) -> Result<Self> {
         let sockets = Sockets::open(workers, buffers, allowed)?;
         let tuns = Tun::create(tun_name, workers, allowed)?;
@@ -158,7 +161,8 @@ impl DataPlane {
         let threads = seats.map(|(number, (((sockets, tun), (inbox, outbox)), wake))| {
             let id = WorkerId::new(number).context("There are too many workers")?;
             let (commands, events) = (Arc::new(Commands::new(wake)), Arc::clone(&events));
-            WorkerThread::spawn(core(id), Seat { id, sockets, tun, commands, events, inbox, outbox })
+            let fast = fast(id, &sockets);
+            WorkerThread::spawn(core(id), Seat { id, sockets, tun, commands, events, inbox, outbox, fast })
         });
         let threads = threads.collect::<Result<_>>()?;
         let mut watch = tokio::time::interval(Duration::from_secs(1));

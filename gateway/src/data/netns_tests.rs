@@ -54,7 +54,7 @@ fn start(pipe: &Pipe) -> DataPlane {
 /// A data plane whose workers are like `pipe` and share its figures.
 fn start_several(workers: usize, pipe: &Pipe, allowed: Capabilities) -> DataPlane {
     let core = |id| Pipe { id, workers, ..pipe.clone() };
-    DataPlane::start_with(TUN_NAME, workers, SIZES, allowed, core).unwrap()
+    DataPlane::start_with(TUN_NAME, workers, SIZES, allowed, core, |_, _| None).unwrap()
 }
 
 fn one<T>(of: anyhow::Result<Vec<T>>) -> T {

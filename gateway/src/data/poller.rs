@@ -1,16 +1,21 @@
-//! What a worker's thread sleeps on: its bell, its TUN queue and its sockets.
+//! What a worker's thread sleeps on: its bell, its TUN queue and its sockets, AF_XDP ones included.
 //!
 //! An epoll set, because the thread sleeps once per packet while little arrives: `poll` would join and leave the wait
 //! queue of each of them every time.
 
-use std::{io, mem::MaybeUninit, os::fd::OwnedFd, time::Duration};
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 
 use rustix::event::{
     Timespec,
     epoll::{self, CreateFlags, Event, EventData, EventFlags},
 };
 
-use super::{tun::Tun, udp::DataSocket, wake::Wake};
+use super::{tun::Tun, udp::DataSocket, wake::Wake, xsk::MAX_PORTS};
 
 /// What woke the thread.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +45,9 @@ const BELL: u64 = 0;
 const TUN: u64 = 1;
 const V4: u64 = 2;
 const V6: u64 = 3;
-/// As many as there are descriptors.
-const MOST: usize = 4;
+const RING: u64 = 4;
+/// As many as there are descriptors: what is not reported is not ready.
+const MOST: usize = 4 + MAX_PORTS;
 
 impl Poller {
     /// With everything that can wake the thread. The descriptors stay open at least as long as it is used.
@@ -60,6 +66,14 @@ impl Poller {
             epoll::add(&epoll, socket, EventData::new_u64(name(socket)), EventFlags::IN)?;
         }
         Ok(Self { epoll, room: [false; 2] })
+    }
+
+    /// From now on, sleep also ends when frames wait in the ring of `socket`, at most [`MAX_PORTS`] of them.
+    ///
+    /// # Errors
+    /// None that are known.
+    pub fn add_ring(&mut self, socket: &impl AsFd) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, socket, EventData::new_u64(RING), EventFlags::IN)?)
     }
 
     /// From now on, sleep ends when `socket` takes datagrams again, or not. A system call only if that is a change.
@@ -100,6 +114,8 @@ impl Poller {
             match event.data.u64() {
                 BELL => ready.called = input,
                 TUN => ready.tun = input,
+                // Each turn looks at every ring.
+                RING => {}
                 V4 => (ready.v4_in, ready.v4_out) = (input, output),
                 _ => (ready.v6_in, ready.v6_out) = (input, output),
             }

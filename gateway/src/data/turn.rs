@@ -2,8 +2,9 @@
 //! the core batches.
 //!
 //! ```text
-//! sleep(bell, udp4, udp6, tun, deadline)
+//! sleep(bell, rings, udp4, udp6, tun, deadline)
 //!   -> commands                     before every batch, so that a revocation acts on the next packet
+//!   -> rings                        of the fast path, if there is one; again before each batch from a socket
 //!   -> moved clients, handovers     what reached other workers and is ours
 //!   -> udp4, then udp6, then tun    each drained within a budget: the replay window bounds how far one path may
 //!                                   run ahead of another
@@ -35,6 +36,7 @@ use super::{
     tun::Tun,
     udp::{Receiver, Sockets},
     worker_thread::Shared,
+    xsk::{Fast, Refused, datagrams},
 };
 use crate::logging::REST;
 
@@ -54,11 +56,13 @@ pub struct Seat {
     pub inbox: Inbox,
     /// What it passes to them.
     pub outbox: Outbox,
+    /// Its sockets past the kernel's, if there are any.
+    pub fast: Option<Fast>,
 }
 
 /// The life of the thread: until [`Command::Shutdown`] or an error.
 pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
-    let Seat { id, sockets, tun, commands, events, inbox, outbox } = seat;
+    let Seat { id, sockets, tun, commands, events, inbox, outbox, fast } = seat;
     let (tun, commands) = (&tun, &*commands);
     let now = Instant::now();
     let mut turn = Turn {
@@ -68,18 +72,23 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
             v4: sockets.v4.map(Outlet::new),
             v6: sockets.v6.map(Outlet::new),
             outbox,
+            fast,
             drops: Counters::default(),
             now,
-            reserved_v6: false,
+            reserved: Exit::V4,
         },
         orders: Orders { commands, drained: Vec::new(), shut_down: false },
         inbox,
         receiver: Receiver::new(),
         reader: Reader::new(tun.has_headers()),
         socket_errors: 0,
+        count_at: now,
     };
     let sockets = [&turn.out.v4, &turn.out.v6].into_iter().flatten().map(Outlet::socket);
     let mut poller = Poller::new(commands.wake(), tun, sockets).context("Failed to make an epoll set")?;
+    for ring in turn.out.fast.iter().flat_map(Fast::wires) {
+        poller.add_ring(ring).context("Failed to wait for an AF_XDP socket")?;
+    }
     let mut spilled: Vec<WorkerEvent> = Vec::new();
     let mut reports_lost = 0;
     loop {
@@ -203,6 +212,10 @@ fn sleep(
         true => Some(Duration::ZERO),
         false => deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())),
     };
+    let limit = match &out.fast {
+        Some(fast) if fast.is_waiting() => Some(limit.map_or(MIN_SLEEP, |limit| limit.min(MIN_SLEEP))),
+        _ => limit,
+    };
     let ready = poller.sleep(limit);
     inbox.wake_up();
     ready
@@ -218,6 +231,8 @@ struct Turn<'a, C> {
     reader: Reader,
     /// Failed receives in a row.
     socket_errors: u32,
+    /// When the kernel is asked next what it has dropped on the fast path.
+    count_at: Instant,
 }
 
 /// What control says.
@@ -237,6 +252,8 @@ const MAX_SOCKET_ERRORS: u32 = 1000;
 /// The thread sleeps at least this long before a deadline that has passed already: a deadline that does not move is
 /// a bug, but must not become a busy loop.
 const MIN_SLEEP: Duration = Duration::from_millis(1);
+/// How often the kernel is asked what it has dropped on the fast path.
+const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 
 impl<C: Core> Turn<'_, C> {
     fn deadline(&self) -> Option<Instant> {
@@ -267,17 +284,21 @@ impl<C: Core> Turn<'_, C> {
         if ready.called {
             self.orders.commands.wake().clear();
         }
+        self.begin_fast();
         self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
         if ready.v4_out || ready.v6_out {
             self.out.flush();
         }
+        self.read_rings();
         self.take_handovers();
-        if ready.v4_in {
-            self.receive(Family::V4)?;
+        for (family, waits) in [(Family::V4, ready.v4_in), (Family::V6, ready.v6_in)] {
+            match waits {
+                true => self.receive(family)?,
+                false => self.on_empty(family),
+            }
         }
-        if ready.v6_in {
-            self.receive(Family::V6)?;
-        }
+        // What came into them while handovers were taken, or since they may be read again.
+        self.read_rings();
         if ready.tun {
             self.read(tun)?;
         }
@@ -285,7 +306,47 @@ impl<C: Core> Turn<'_, C> {
             self.core.handle_timeout(self.out.now, &mut self.out);
         }
         self.end_batch();
+        if let Some(fast) = &mut self.out.fast {
+            fast.end_turn();
+        }
         Ok(())
+    }
+
+    /// The fast path's part of a turn begins.
+    fn begin_fast(&mut self) {
+        let Some(fast) = &mut self.out.fast else { return };
+        fast.begin_turn();
+        fast.begin_batch();
+        if self.count_at <= self.out.now {
+            self.count_at = self.out.now + COUNT_INTERVAL;
+            fast.count_drops(&mut self.out.drops);
+        }
+    }
+
+    /// Everything that the rings hold now.
+    fn read_rings(&mut self) {
+        let ports = self.out.fast.as_ref().map_or(0, Fast::ports);
+        for port in 0..ports {
+            let Some(mut waiting) = self.out.fast.as_mut().map(|fast| fast.look(port)) else { return };
+            while waiting > 0 {
+                let Some(batch) = self.out.fast.as_mut().and_then(|fast| fast.receive(port)) else { break };
+                waiting = waiting.saturating_sub(batch.len());
+                self.begin_batch();
+                let refused = Refused::default();
+                self.core.handle_datagrams(datagrams(&batch, &refused), self.out.now, &mut self.out);
+                refused.count(&mut self.out.drops);
+                if let Some(fast) = &mut self.out.fast {
+                    fast.recycle(port, batch);
+                }
+                self.end_batch();
+            }
+        }
+    }
+
+    fn on_empty(&mut self, family: Family) {
+        if let Some(fast) = &mut self.out.fast {
+            fast.on_empty(matches!(family, Family::V6));
+        }
     }
 
     /// What other workers passed to this one: clients first, then a fair share of each one's packets.
@@ -304,6 +365,9 @@ impl<C: Core> Turn<'_, C> {
             self.end_batch();
             self.begin_batch();
         }
+        if let Some(fast) = &mut self.out.fast {
+            fast.on_passed(self.inbox.rings_waiting() > 0);
+        }
     }
 
     fn receive(&mut self, family: Family) -> Result<()> {
@@ -316,7 +380,10 @@ impl<C: Core> Turn<'_, C> {
             let Some(outlet) = outlet else { return Ok(()) };
             let received = match self.receiver.recv(outlet.socket()) {
                 Ok(received) => received,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    self.on_empty(family);
+                    return Ok(());
+                }
                 Err(e) => {
                     self.socket_errors += 1;
                     if self.socket_errors >= MAX_SOCKET_ERRORS {
@@ -329,16 +396,21 @@ impl<C: Core> Turn<'_, C> {
             };
             self.socket_errors = 0;
             taken += received.count();
-            let more = received.is_full() && taken < BUDGET;
+            let full = received.is_full();
+            let more = full && taken < BUDGET;
             // Once more: what a client sends because of an answer of control's may have come in since, and the order that
             // control gave before it answered is about just that.
             self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
             let datagrams = received.datagrams(&mut self.out.drops);
             self.core.handle_datagrams(datagrams, self.out.now, &mut self.out);
             self.end_batch();
+            if !full {
+                self.on_empty(family);
+            }
             if !more {
                 return Ok(());
             }
+            self.read_rings();
             self.begin_batch();
         }
     }
@@ -364,6 +436,9 @@ impl<C: Core> Turn<'_, C> {
 
     fn begin_batch(&mut self) {
         self.out.now = Instant::now();
+        if let Some(fast) = &mut self.out.fast {
+            fast.begin_batch();
+        }
         self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
     }
 
@@ -403,9 +478,18 @@ struct Outgoing<'a> {
     v4: Option<Outlet>,
     v6: Option<Outlet>,
     outbox: Outbox,
+    fast: Option<Fast>,
     drops: Counters,
     now: Instant,
-    reserved_v6: bool,
+    reserved: Exit,
+}
+
+/// By which way the datagram leaves that was reserved last.
+#[derive(Clone, Copy)]
+enum Exit {
+    V4,
+    V6,
+    Fast,
 }
 
 impl Outgoing<'_> {
@@ -414,14 +498,20 @@ impl Outgoing<'_> {
         for outlet in [&mut self.v4, &mut self.v6].into_iter().flatten() {
             outlet.flush(self.now, &mut self.drops);
         }
+        if let Some(fast) = &mut self.fast {
+            fast.flush();
+        }
         self.outbox.publish();
     }
 
     /// Sends what still waits, for at most `limit`: the last goodbyes.
     fn linger(&mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
-        while [&self.v4, &self.v6].into_iter().flatten().any(Outlet::is_blocked) && Instant::now() < deadline
-        {
+        let waits = |out: &Self| {
+            let blocked = [&out.v4, &out.v6].into_iter().flatten().any(Outlet::is_blocked);
+            blocked || out.fast.as_ref().is_some_and(Fast::is_waiting)
+        };
+        while waits(self) && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
             self.flush();
         }
@@ -438,13 +528,29 @@ impl Sink for Outgoing<'_> {
     }
 
     fn reserve_datagram(&mut self, route: &Route, len: usize) -> Option<&mut [u8]> {
-        self.reserved_v6 = route.dst.is_ipv6();
-        let outlet = if self.reserved_v6 { &mut self.v6 } else { &mut self.v4 };
+        if let Some(fast) = &mut self.fast
+            && fast.prepare(route, len)
+        {
+            self.reserved = Exit::Fast;
+            return fast.buffer();
+        }
+        let v6 = route.dst.is_ipv6();
+        self.reserved = if v6 { Exit::V6 } else { Exit::V4 };
+        let outlet = if v6 { &mut self.v6 } else { &mut self.v4 };
         outlet.as_mut()?.reserve(route, len, self.now, &mut self.drops)
     }
 
     fn commit_datagram(&mut self, len: usize) {
-        let outlet = if self.reserved_v6 { &mut self.v6 } else { &mut self.v4 };
+        let outlet = match self.reserved {
+            Exit::V4 => &mut self.v4,
+            Exit::V6 => &mut self.v6,
+            Exit::Fast => {
+                if let Some(fast) = &mut self.fast {
+                    fast.commit(len);
+                }
+                return;
+            }
+        };
         if let Some(outlet) = outlet {
             outlet.commit(len);
         }

@@ -138,7 +138,7 @@ impl Side {
 }
 
 /// Sends 20 MB one way and compares the digests.
-fn transfer(mut from: TcpStream, mut to: TcpStream) {
+pub fn transfer(mut from: TcpStream, mut to: TcpStream) {
     const BYTES: usize = 20 << 20;
     let sender = std::thread::spawn(move || {
         let mut bytes = vec![0; BYTES];
@@ -154,7 +154,7 @@ fn transfer(mut from: TcpStream, mut to: TcpStream) {
 }
 
 /// Sends datagrams one way, also with the sender's segmentation offload; all arrive whole and in order.
-fn datagrams(from: &UdpSocket, to: &UdpSocket) {
+pub fn datagrams(from: &UdpSocket, to: &UdpSocket) {
     to.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let state = quinn_udp::UdpSocketState::new(from.into()).unwrap();
     let mut expect = 0u8;

@@ -5,6 +5,7 @@
 //!   ports -- rings -- XDP -- 192.0.2.1, 2001:db8::1  veth-a === veth-b  192.0.2.2, 2001:db8::2 -- UDP sockets
 //! ```
 
+mod carried;
 mod redirect;
 mod ways;
 
@@ -31,7 +32,9 @@ const PAIRS: [(&str, &str); 2] = [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2
 struct Bed {
     a: File,
     b: File,
+    /// The indices of the veth's ends.
     interface: u32,
+    far_interface: u32,
 }
 
 impl Bed {
@@ -40,7 +43,7 @@ impl Bed {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let b = File::open("/proc/thread-self/ns/net").unwrap();
         let queues = format!("numrxqueues {QUEUES} numtxqueues {QUEUES}");
-        let bed = Self { a, b, interface: 0 };
+        let bed = Self { a, b, interface: 0, far_interface: 0 };
         bed.enter_a();
         ip(&format!("link add veth-a {queues} type veth peer name veth-b {queues}"));
         ip(&format!("link set veth-b netns /proc/{}/fd/{}", std::process::id(), bed.b.as_raw_fd()));
@@ -57,13 +60,15 @@ impl Bed {
                 ip(&format!("neigh replace {address} lladdr 02:00:00:00:00:0{other} dev {name}"));
             }
         }
+        let index = |name| ip(&format!("-o link show {name}")).split(':').next().unwrap().parse().unwrap();
+        let far_interface = index("veth-b");
         bed.enter_a();
-        let interface = ip("-o link show veth-a").split(':').next().unwrap().parse().unwrap();
+        let interface = index("veth-a");
         let deadline = Instant::now() + Duration::from_secs(5);
         while !ip("link show veth-a").contains("state UP") {
             assert!(Instant::now() < deadline, "the veth does not come up");
         }
-        Self { interface, ..bed }
+        Self { interface, far_interface, ..bed }
     }
 
     fn enter_a(&self) {
@@ -80,9 +85,13 @@ impl Bed {
 
     /// Sockets for `workers` on a queue; one that has just been closed keeps the queue for a moment.
     fn open(&self, queue: u32, workers: u32, sizes: Sizes) -> (Arc<Queue>, Vec<Port<Socket>>) {
+        Self::open_at(self.place(queue), workers, sizes)
+    }
+
+    fn open_at(place: Place, workers: u32, sizes: Sizes) -> (Arc<Queue>, Vec<Port<Socket>>) {
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
-            match open(self.place(queue), workers as usize, sizes) {
+            match open(place, workers as usize, sizes) {
                 Err(OpenError::Taken(_)) if Instant::now() < deadline => {}
                 result => return result.unwrap(),
             }

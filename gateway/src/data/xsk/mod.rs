@@ -1,6 +1,9 @@
 //! AF_XDP: frames from and to the device's own queues, past the socket layer.
 
-#![expect(dead_code, reason = "only tests open such sockets until there is a fast path")]
+#![cfg_attr(
+    not(test),
+    expect(dead_code, reason = "only tests open such sockets until the daemon attaches XDP")
+)]
 
 mod backend;
 mod headers;
@@ -16,10 +19,13 @@ mod twin;
 mod umem;
 mod ways;
 
+pub use self::backend::{Fast, MAX_PORTS, Refused, datagrams};
 #[cfg(test)]
 pub use self::{
+    backend::{Figures, Place as FastPlace},
     headers::{Hop, PAYLOAD_AT},
     netlink::Watch,
+    order::{Stage, Switch},
     port::{Port, Queue},
     socket::{OpenError, Place, Sizes, Socket, Transfer, open},
     ways::{Board, Ways},

@@ -63,10 +63,19 @@ impl Redirect {
         ];
         call(MAP_UPDATE, &update.concat()).unwrap();
     }
+
+    /// What belongs to `worker` and arrives on `queue` goes to the kernel.
+    pub fn clear(&self, queue: u32, worker: u32) {
+        let key = queue * WORKERS + worker;
+        let key = (&raw const key).addr() as u64;
+        let delete = [u64::from(self.map.as_raw_fd() as u32).to_ne_bytes(), key.to_ne_bytes()];
+        call(MAP_DELETE, &delete.concat()).unwrap();
+    }
 }
 
 const MAP_CREATE: u32 = 0;
 const MAP_UPDATE: u32 = 2;
+const MAP_DELETE: u32 = 3;
 const PROG_LOAD: u32 = 5;
 const LINK_CREATE: u32 = 28;
 const XSKMAP: u32 = 17;
