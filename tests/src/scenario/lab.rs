@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 use uuid::Uuid;
 
-use super::{Context, client::Client, rest};
+use super::{Context, checksums::Checksums, client::Client, rest};
 use crate::{
     net::{
         NetNs,
@@ -134,6 +134,7 @@ pub struct Lab {
     expected_warnings: Vec<&'static str>,
     most_clients: usize,
     crowd: usize,
+    checksums: Checksums,
 }
 
 impl Lab {
@@ -192,6 +193,7 @@ impl Lab {
             expected_warnings: Vec::new(),
             most_clients: 0,
             crowd: 0,
+            checksums: Checksums::of(topology),
         };
         for index in 0..topology.clients.len() {
             let url = options.client_url.clone().unwrap_or_else(|| lab.portal.url());
@@ -264,7 +266,7 @@ impl Lab {
     /// clients go first.
     ///
     /// # Errors
-    /// With its exit status, the lines, or what is left in one of its queues.
+    /// As [`Lab::terminate`].
     pub fn finish(mut self) -> Result<()> {
         if let Some(status) = self.gateway.poll() {
             bail!("the gateway has ended: {status}");
@@ -276,11 +278,13 @@ impl Lab {
         self.terminate(Duration::from_secs(10))
     }
 
-    /// SIGTERM; the daemon ends within `limit`, with code 0, without a warning, and with every queue and buffer empty.
+    /// SIGTERM; the daemon ends within `limit`, with code 0, without a warning, and with every queue and buffer empty. Until
+    /// then no host has refused a packet for its checksum.
     ///
     /// # Errors
-    /// If it does not.
+    /// With its exit status, the lines, what is left in one of its queues, or the counters of bad checksums.
     pub fn terminate(&mut self, limit: Duration) -> Result<()> {
+        self.checksums.check()?;
         self.most_clients = self.most_clients.max(self.clients.len());
         rest::terminate(&mut self.gateway, limit, self.most_clients + self.crowd)?;
         self.no_warnings()
