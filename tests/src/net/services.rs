@@ -29,6 +29,7 @@ pub const PROGRAMS: &[(&str, &str)] = &[
     ("dig", "bind9-dnsutils"),
     ("curl", "curl"),
     ("ping", "iputils-ping"),
+    ("traceroute", "traceroute"),
 ];
 
 /// The programs of [`PROGRAMS`] that are not installed, as `program (package)`.

@@ -28,7 +28,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Where the servers listen.
 const PORT: u16 = 53535;
 /// A second address of the host with the nameservers.
-const OTHER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 67);
+pub(super) const OTHER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 67);
 /// The gateway's addresses in the network of its resources.
 const FURTHER: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(172, 20, 0, 1)), IpAddr::V6(Ipv6Addr::new(0xfd00, 0xdb8, 0x20, 0, 0, 0, 0, 1))];
@@ -306,6 +306,18 @@ impl Nameserver {
         note: &str,
         hosts: &[String],
     ) -> Result<Self> {
+        let options: Vec<String> = hosts.iter().map(|host| format!("--host-record={host}")).collect();
+        Self::start_as(cx, name, address, note, &options)
+    }
+
+    /// `options` are dnsmasq's own.
+    pub(super) fn start_as(
+        cx: &Context,
+        name: &str,
+        address: Ipv4Addr,
+        note: &str,
+        options: &[String],
+    ) -> Result<Self> {
         let long = vec!["x".repeat(200); LONG].join(",");
         let mut command = words(&format!(
             "dnsmasq --keep-in-foreground --conf-file=/dev/null --user=root --no-resolv --no-hosts --pid-file= \
@@ -313,7 +325,7 @@ impl Nameserver {
              --local=/lan.test/ --srv-host=_web._tcp.lan.test,files.lan.test,8080,10,20 \
              --txt-record=_note.lan.test,{note} --txt-record=_long.lan.test,{long}"
         ));
-        command.extend(hosts.iter().map(|host| format!("--host-record={host}")));
+        command.extend_from_slice(options);
         let host = &cx.topology.portal.namespace;
         let process = Process::spawn(host, &cx.logs, &Spawn { name, command, ..Spawn::default() })?;
         let at = SocketAddr::new(address.into(), 53);

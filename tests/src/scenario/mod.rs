@@ -10,6 +10,7 @@ pub mod client;
 mod crowd;
 pub(crate) mod dns;
 mod floods;
+mod hostile_names;
 pub mod lab;
 mod links;
 pub(crate) mod names;
@@ -17,11 +18,13 @@ mod network;
 mod paths;
 mod pool;
 mod relays;
+mod resources;
 pub mod rest;
 mod start;
 pub mod swarm;
 mod table;
 pub mod transfers;
+mod translation;
 mod trouble;
 
 use std::{

@@ -18,7 +18,7 @@ use crate::{
     },
     standins::{
         client::{self, Command, Event},
-        portal::{self, Relay},
+        portal::{self, Relay, Resource},
     },
 };
 
@@ -58,12 +58,12 @@ pub(super) fn restarted(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
-/// Asks for the LAN every second until there is a session.
-fn reconnect(lab: &mut Lab, index: usize, limit: Duration) -> Result<()> {
+/// Asks for these again and again until there is a session.
+pub(super) fn reconnect(lab: &mut Lab, index: usize, resources: &[Resource], limit: Duration) -> Result<()> {
     let deadline = Instant::now() + limit;
     loop {
         lab.clients[index].forget_events();
-        for resource in [lan4(), lan6()] {
+        for resource in resources {
             lab.clients[index].request(resource.id)?;
         }
         match lab.clients[index].wait_established(5 * SECOND) {
@@ -211,7 +211,7 @@ pub(super) fn gateway_killed(cx: &mut Context) -> Result<()> {
     lab.gateway = start_gateway(cx, "gateway-again", &lab.gateway_token, &lab.portal.url(), "info")?;
     lab.portal.wait_since(mark, 10 * SECOND, |entry| entry.to_gateway("init"))?;
     // As the first packet after the outage would: the portal grants anew, with the new gateway's key.
-    reconnect(&mut lab, 0, 30 * SECOND)?;
+    reconnect(&mut lab, 0, &[lan4(), lan6()], 30 * SECOND)?;
     wait_for("HTTP again", 10 * SECOND, || Ok(http_both(client).ok()))?;
     println!("      HTTP again {:.1} s after SIGKILL", killed.elapsed().as_secs_f64());
     ensure!(rules(cx)? == [1, 1], "rules after the restart: {:?}", rules(cx)?);

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, floods, links, names, network, paths, relays, start, transfers,
-    trouble,
+    Scenario, access, churn, crowd, dns, floods, hostile_names, links, names, network, paths, relays,
+    resources, start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -153,6 +153,31 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("the gateway's own tunnel address", direct::plan, 20, access::gateway_own_address),
     scenario("DNS resources: what becomes of a name", direct::plan, 40, names::statuses),
     scenario("DNS resources: reached, moved, revoked", direct::plan, 60, names::reached),
+    scenario("DNS resources: relayed", relay_only::plan, 40, resources::relayed),
+    scenario("DNS resources: names that share an address", direct::plan, 60, resources::shared_address),
+    scenario("DNS resources: many addresses, or of one family", direct::plan, 60, resources::many_or_one),
+    scenario("DNS resources: traceroute and path MTU", direct::plan, 60, translation::hops_and_mtu),
+    scenario(
+        "DNS resources: filters, revoked and granted mid-transfer",
+        direct::plan,
+        60,
+        translation::filters_and_revocation,
+    ),
+    scenario("DNS resources: ends of connections free their ports", direct::plan, 60, translation::ends),
+    scenario(
+        "DNS resources: the client is killed and starts again",
+        direct::plan,
+        60,
+        translation::client_again,
+    ),
+    scenario(
+        "DNS resources: the gateway is killed and starts again",
+        direct::plan,
+        60,
+        translation::gateway_again,
+    ),
+    scenario("DNS resources: a nameserver falls silent", direct::plan, 40, translation::failover),
+    scenario("DNS resources: hostile control packets", direct::plan, 60, hostile_names::control_packets),
     scenario("DNS servers: SRV and TXT, long answers, bad queries", direct::plan, 40, dns::queries),
     scenario("DNS servers: a connection outlives an init", direct::plan, 40, dns::connection_stays).once(),
     scenario("DNS servers: a nameserver dies, another is configured", direct::plan, 60, dns::failover).once(),
