@@ -25,6 +25,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("iputils-ping", "ping", "ping through the tunnel"),
     ("nftables", "nft", "NAT of the test network"),
     ("nginx-light", "nginx", "the HTTP server of the test network"),
+    ("traceroute", "traceroute", "hops through the tunnel"),
     ("util-linux", "nsenter", "entering namespaces"),
     ("util-linux", "setpriv", "processes that end with their test"),
     ("util-linux", "taskset", "cores of the benchmark"),
