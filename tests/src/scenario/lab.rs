@@ -60,6 +60,8 @@ pub struct Options {
     pub client_url: Option<String>,
     /// How the daemon is started.
     pub launch: Launch,
+    /// What the portal wants of flow logs.
+    pub flow_logs: portal::FlowLogs,
     /// How long each step of coming up may take.
     pub patience: Duration,
 }
@@ -88,6 +90,7 @@ impl Default for Options {
             gateway_url: None,
             client_url: None,
             launch: Launch::default(),
+            flow_logs: portal::FlowLogs::default(),
             patience: PATIENCE,
         }
     }
@@ -169,6 +172,7 @@ impl Lab {
             relays: offers,
             expiry: options.expiry,
             hold_relays: options.hold_relays,
+            flow_logs: options.flow_logs.clone(),
             ..portal::Config::default()
         };
         let (gateway_token, client_token) = (config.gateway_token.clone(), config.client_token.clone());

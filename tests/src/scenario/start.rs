@@ -224,7 +224,7 @@ pub(super) fn private_authority(cx: &mut Context) -> Result<()> {
 }
 
 /// An authority, and a portal's certificate of it for the portal's address: PEM files in `folder`.
-fn certificates(folder: &Path) -> Result<(portal::Tls, PathBuf)> {
+pub(super) fn certificates(folder: &Path) -> Result<(portal::Tls, PathBuf)> {
     let authority_key = rcgen::KeyPair::generate()?;
     let mut authority = rcgen::CertificateParams::new(Vec::new())?;
     authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);

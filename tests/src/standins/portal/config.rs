@@ -1,8 +1,10 @@
 //! What a portal knows before anybody connects: tokens, devices, resources, relays.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -39,6 +41,8 @@ pub struct Config {
     pub hold_relays: bool,
     /// Tokens with `uploads_enabled`, and the intervals of `init.flow_logs`.
     pub flow_logs: FlowLogs,
+    /// Claims that ingest tokens have instead of the usual ones.
+    pub ingest_claims: serde_json::Map<String, Value>,
     /// PEM certificate chain and key: serves `wss://` instead of `ws://`.
     pub tls: Option<Tls>,
 }
@@ -59,6 +63,7 @@ impl Default for Config {
             acknowledge_timeout: Duration::from_secs(15),
             hold_relays: false,
             flow_logs: FlowLogs::default(),
+            ingest_claims: serde_json::Map::new(),
             tls: None,
         }
     }
@@ -312,13 +317,34 @@ impl Default for FlowLogs {
     }
 }
 
-/// PEM files for `wss://`.
+/// PEM files for `wss://` and `https://`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Tls {
     /// Certificate chain, leaf first.
     pub certificates: std::path::PathBuf,
     /// Private key.
     pub key: std::path::PathBuf,
+}
+
+impl Tls {
+    /// A server that shows this certificate.
+    ///
+    /// # Errors
+    /// When the files are unusable.
+    pub(in crate::standins) fn server_config(&self) -> Result<rustls::ServerConfig> {
+        use rustls::pki_types::pem::PemObject as _;
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        let chain: Vec<_> = CertificateDer::pem_file_iter(&self.certificates)
+            .and_then(Iterator::collect)
+            .with_context(|| format!("certificates in {}", self.certificates.display()))?;
+        let key = PrivateKeyDer::from_pem_file(&self.key)
+            .with_context(|| format!("key in {}", self.key.display()))?;
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        Ok(rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)?)
+    }
 }
 
 #[cfg(test)]

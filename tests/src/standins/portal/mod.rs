@@ -29,6 +29,9 @@ use uuid::Uuid;
 
 pub use admit::Refusal;
 pub use config::{Config, Device, Filter, FlowLogs, Generation, Relay, Resource, Scheme, Target, Tls};
+#[cfg(test)]
+pub(in crate::standins) use derive::jwt;
+pub(in crate::standins) use derive::verified_claims;
 pub use derive::{external_id, relay_id, uuid_from};
 pub use log::{Direction, Entry, Mark, Role, Secret, Timing};
 
@@ -70,6 +73,12 @@ impl Portal {
     pub fn url(&self) -> String {
         let scheme = self.shared.with(|s| if s.config.tls.is_some() { "wss" } else { "ws" });
         format!("{scheme}://{}/", self.addr)
+    }
+
+    /// What ingest tokens are signed with.
+    #[must_use]
+    pub fn ingest_key(&self) -> [u8; 32] {
+        self.shared.with(|s| s.ingest_key)
     }
 
     /// The ids of all joined devices of this role.

@@ -203,17 +203,5 @@ async fn converse(
 }
 
 fn tls_acceptor(tls: &Tls) -> Result<tokio_rustls::TlsAcceptor> {
-    use rustls::pki_types::pem::PemObject as _;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let chain: Vec<_> = CertificateDer::pem_file_iter(&tls.certificates)
-        .and_then(Iterator::collect)
-        .with_context(|| format!("certificates in {}", tls.certificates.display()))?;
-    let key =
-        PrivateKeyDer::from_pem_file(&tls.key).with_context(|| format!("key in {}", tls.key.display()))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
-    Ok(tokio_rustls::TlsAcceptor::from(Arc::new(config)))
+    Ok(tokio_rustls::TlsAcceptor::from(Arc::new(tls.server_config()?)))
 }

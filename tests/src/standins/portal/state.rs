@@ -54,7 +54,7 @@ pub(super) struct State {
     devices: HashMap<(Role, String), Device>,
     pending: HashMap<String, Pending>,
     granted: BTreeMap<(Uuid, Uuid), Grant>,
-    ingest_key: [u8; 32],
+    pub(super) ingest_key: [u8; 32],
 }
 
 /// One WebSocket.

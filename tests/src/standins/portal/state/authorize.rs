@@ -228,7 +228,7 @@ impl State {
     ) -> String {
         let now = unix_now();
         let expires = expires_at.unwrap_or(now + 14 * 24 * 3600);
-        let claims = json!({
+        let mut claims = json!({
             "account_id": derive::uuid_from("account"), "iat": now, "exp": expires + 30 * 24 * 3600,
             "uploads_enabled": self.config.flow_logs.upload_interval_secs > 0, "role": role,
             "initiator_device_id": client, "responder_device_id": gateway,
@@ -237,6 +237,9 @@ impl State {
             "initiator_actor_id": derive::uuid_from("actor"), "initiator_actor_name": "Stand-in Actor",
             "authorized_at": rfc3339(now), "authorization_expires_at": rfc3339(expires),
         });
+        for (name, value) in &self.config.ingest_claims {
+            claims[name] = value.clone();
+        }
         derive::jwt(&claims, &self.ingest_key)
     }
 }
