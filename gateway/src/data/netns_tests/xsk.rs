@@ -6,6 +6,7 @@
 //! ```
 
 mod carried;
+mod modes;
 mod redirect;
 mod ways;
 

@@ -6,12 +6,14 @@
 )]
 
 mod backend;
+mod facts;
 mod headers;
 mod memory;
 mod neighbours;
 mod netlink;
 mod order;
 mod port;
+mod probe;
 mod ring;
 mod socket;
 #[cfg(test)]
@@ -23,10 +25,12 @@ pub use self::backend::{Fast, MAX_PORTS, Refused, datagrams};
 #[cfg(test)]
 pub use self::{
     backend::{Figures, Place as FastPlace},
+    facts::facts,
     headers::{Hop, PAYLOAD_AT},
     netlink::Watch,
     order::{Stage, Switch},
     port::{Port, Queue},
+    probe::{Facts, Mode, Refusal, Wanted, probe},
     socket::{OpenError, Place, Sizes, Socket, Transfer, open},
     ways::{Board, Ways},
 };
