@@ -260,8 +260,8 @@ impl<C: Core> Turn<'_, C> {
         self.core.poll_timeout().map(|deadline| deadline.max(self.out.now + MIN_SLEEP))
     }
 
-    /// For who looks for a leak or a queue that grows: what is still in use or waits, which is nothing, and the most that
-    /// ever waited.
+    /// For who looks for a leak or a queue that grows: what is still in use or waits, which is nothing, and the most
+    /// that ever waited.
     fn say_how_it_ends(&self, id: WorkerId) {
         let outlets = [&self.out.v4, &self.out.v6];
         let carried = self.core.traffic();
@@ -398,8 +398,8 @@ impl<C: Core> Turn<'_, C> {
             taken += received.count();
             let full = received.is_full();
             let more = full && taken < BUDGET;
-            // Once more: what a client sends because of an answer of control's may have come in since, and the order that
-            // control gave before it answered is about just that.
+            // Once more: what a client sends because of an answer of control's may have come in since, and the order
+            // that control gave before it answered is about just that.
             self.orders.take(&mut self.core, &mut self.inbox, &mut self.out);
             let datagrams = received.datagrams(&mut self.out.drops);
             self.core.handle_datagrams(datagrams, self.out.now, &mut self.out);
@@ -455,8 +455,8 @@ impl Orders<'_> {
         for command in self.drained.drain(..) {
             if matches!(command, Command::Shutdown) {
                 self.shut_down = true;
-                // Clients that have just arrived hear the goodbye, too. (One that is given later, by a worker that reads
-                // its commands later, does not; it finds out by its own timers.)
+                // Clients that have just arrived hear the goodbye, too. (One that is given later, by a worker that
+                // reads its commands later, does not; it finds out by its own timers.)
                 for moved in inbox.look() {
                     core.handle_moved(moved, out.now, out);
                 }

@@ -115,8 +115,8 @@ fn ethtool<const N: usize>(name: &str, words: &mut [u32; N]) -> io::Result<()> {
     }
     let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_data: words.as_mut_ptr().cast() };
     let mut request = libc::ifreq { ifr_name, ifr_ifru };
-    // SAFETY: the descriptor is open and the request lives for the call. For the two commands above the kernel reads and
-    // writes N words at the address in it, which are lent to us for writing.
+    // SAFETY: the descriptor is open and the request lives for the call. For the two commands above the kernel reads
+    // and writes N words at the address in it, which are lent to us for writing.
     #[expect(unsafe_code, reason = "an ioctl that takes an address")]
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -5,9 +5,9 @@
 //!                ^ where it begins                    ^ PAYLOAD_AT
 //! ```
 //!
-//! The headers of one way are made once; each datagram gets its lengths, codepoint, identification and checksums. It must
-//! look as the kernel's own: a checksum always, because receivers merge nothing without one, and an identification that
-//! counts, because constant ones with DF make receivers build what forwarders must cut again.
+//! The headers of one way are made once; each datagram gets its lengths, codepoint, identification and checksums. It
+//! must look as the kernel's own: a checksum always, because receivers merge nothing without one, and an identification
+//! that counts, because constant ones with DF make receivers build what forwarders must cut again.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -107,8 +107,8 @@ impl Way {
         self.hop.mtu.min(usize::from(u16::MAX)).saturating_sub(if self.v6 { IPV6 + UDP } else { IPV4 + UDP })
     }
 
-    /// Writes the headers in front of the `len` bytes of payload at [`PAYLOAD_AT`]. Where the frame begins; `None` if it
-    /// would be longer than the MTU, or is not all there.
+    /// Writes the headers in front of the `len` bytes of payload at [`PAYLOAD_AT`]. Where the frame begins; `None` if
+    /// it would be longer than the MTU, or is not all there.
     #[inline]
     pub fn finish(&mut self, frame: &mut [u8], len: usize, ecn: Ecn) -> Option<usize> {
         if len > self.max_payload() {

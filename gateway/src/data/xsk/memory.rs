@@ -16,8 +16,8 @@ pub struct Area {
 }
 
 #[expect(unsafe_code, reason = "the mapping belongs to no thread")]
-// SAFETY: `base` is a mapping of the process. What is reached through a shared reference are atomics, and pointers whose
-// users say themselves what they rely on.
+// SAFETY: `base` is a mapping of the process. What is reached through a shared reference are atomics, and pointers
+// whose users say themselves what they rely on.
 unsafe impl Send for Area {}
 #[expect(unsafe_code, reason = "the mapping belongs to no thread")]
 // SAFETY: as above.
@@ -66,8 +66,8 @@ impl Area {
     /// The 32-bit word at byte `at`; `None` if there is none, or not at a multiple of its size.
     pub fn word(&self, at: usize) -> Option<&AtomicU32> {
         self.fits::<AtomicU32>(at, 1)?;
-        // SAFETY: inside the mapping and aligned, by the line above; zeros or whatever the kernel writes is a valid value,
-        // and both sides access it atomically as long as the mapping lives.
+        // SAFETY: inside the mapping and aligned, by the line above; zeros or whatever the kernel writes is a valid
+        // value, and both sides access it atomically as long as the mapping lives.
         #[expect(unsafe_code, reason = "a word of a mapping")]
         let word = unsafe { self.base.byte_add(at).cast::<AtomicU32>().as_ref() };
         Some(word)

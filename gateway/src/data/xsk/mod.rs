@@ -1,4 +1,14 @@
 //! AF_XDP: frames from and to the device's own queues, past the socket layer.
+//!
+//! ```text
+//!   backend   one worker's fast path: datagrams in and out          order    rings before sockets, or after
+//!      port   one worker's end of a queue: batches, way out         ways     which route has which headers
+//!    socket   the sockets of a queue                                headers  Ethernet, IP, UDP
+//!      umem   frames and who owns them                              neighbours, netlink   what the kernel would do
+//!      ring   indices and entries        memory   mappings          probe, facts          what an interface can do
+//! ```
+//!
+//! It decides nothing about clients and knows no BPF map: which frame reaches which socket is the program's business.
 
 #![cfg_attr(
     not(test),

@@ -102,8 +102,8 @@ impl Table {
         self.routes.retain(|pair, _| keep(pair));
     }
 
-    /// The neighbours that something is sent to and that the kernel would only ask whether they are still there if it were
-    /// told so; each once, until the kernel says it again.
+    /// The neighbours that something is sent to and that the kernel would only ask whether they are still there if it
+    /// were told so; each once, until the kernel says it again.
     pub fn take_stale(&mut self) -> Vec<(u32, IpAddr)> {
         let Self { neighbours, routes, .. } = self;
         let next = routes.values().flatten().map(|route| (route.interface, route.next));

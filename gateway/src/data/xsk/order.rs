@@ -2,8 +2,8 @@
 //!
 //! WireGuard drops what is more than 1024 packets behind the newest it has seen, so nothing that was sent later may be
 //! read far before what was sent earlier. One rule is enough while nothing changes, and when the fast path is switched
-//! off: everything that is in the rings is read first, before what other workers have passed and before each batch from a
-//! socket. Switched on, it is the other way round:
+//! off: everything that is in the rings is read first, before what other workers have passed and before each batch from
+//! a socket. Switched on, it is the other way round:
 //!
 //! ```text
 //!   control                      workers

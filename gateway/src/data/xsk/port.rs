@@ -186,8 +186,8 @@ impl<W: Wire> Port<W> {
         self.rx.look()
     }
 
-    /// The next frames, at most `most` of those that [`Port::look`] saw; `None` if there are none, or the batch before was
-    /// not recycled.
+    /// The next frames, at most `most` of those that [`Port::look`] saw; `None` if there are none, or the batch before
+    /// was not recycled.
     #[inline]
     pub fn receive(&mut self, most: usize) -> Option<Box<Batch>> {
         let mut batch = self.batch.take()?;
@@ -249,8 +249,8 @@ impl<W: Wire> Port<W> {
         self.reserved.as_mut().map(|frame| self.queue.umem.bytes_mut(frame))
     }
 
-    /// Queues `len` bytes of the last reservation, which begin `at` bytes into the frame. False if there is none, or they
-    /// are not all in it.
+    /// Queues `len` bytes of the last reservation, which begin `at` bytes into the frame. False if there is none, or
+    /// they are not all in it.
     #[inline]
     pub fn commit(&mut self, at: usize, len: usize) -> bool {
         let Some(frame) = self.reserved.take() else { return false };
@@ -292,8 +292,8 @@ impl<W: Wire> Port<W> {
         self.blocked = true;
     }
 
-    /// Whether frames wait in the transmit ring that the kernel did not take: [`Port::flush`] again, within a millisecond
-    /// or so.
+    /// Whether frames wait in the transmit ring that the kernel did not take: [`Port::flush`] again, within a
+    /// millisecond or so.
     pub fn is_blocked(&self) -> bool {
         self.blocked
     }

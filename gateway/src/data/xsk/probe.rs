@@ -4,9 +4,9 @@
 //!   zero-copy  --no-->  native  --no-->  generic  --no-->  off        each "no" with its reason, as text
 //! ```
 //!
-//! What is known beforehand to be wrong is not tried: an interface that only passes on what another one carries, packets
-//! that fit no frame, somebody else's XDP program. `auto` also leaves virtual devices alone, whose offloads an XDP
-//! program would take away.
+//! What is known beforehand to be wrong is not tried: an interface that only passes on what another one carries,
+//! packets that fit no frame, somebody else's XDP program. `auto` also leaves virtual devices alone, whose offloads an
+//! XDP program would take away.
 
 use std::{fmt, str::FromStr};
 

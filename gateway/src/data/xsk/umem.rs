@@ -11,9 +11,9 @@
 //!                  +-------------------------------------------------------+
 //! ```
 //!
-//! A [`Frame`] is the right to read and write one frame. There is at most one for each: it is made by the pool and by what
-//! the kernel gives back, and used up by what gives it to the kernel or to the pool. One that is dropped anywhere else
-//! would be lost: debug builds panic, and keep a ledger of what is the kernel's.
+//! A [`Frame`] is the right to read and write one frame. There is at most one for each: it is made by the pool and by
+//! what the kernel gives back, and used up by what gives it to the kernel or to the pool. One that is dropped anywhere
+//! else would be lost: debug builds panic, and keep a ledger of what is the kernel's.
 
 #[cfg(any(test, debug_assertions))]
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -104,8 +104,8 @@ impl Umem {
         Frame { index, home: self.name() }
     }
 
-    /// The frame around `addr`, which the kernel has just given back, and how far into it `addr` is. `None` if there is no
-    /// such frame, which only a broken kernel says.
+    /// The frame around `addr`, which the kernel has just given back, and how far into it `addr` is. `None` if there is
+    /// no such frame, which only a broken kernel says.
     #[inline]
     fn take_back(&self, addr: u64) -> Option<(Frame, usize)> {
         let at = usize::try_from(addr).ok()?;

@@ -6,9 +6,9 @@
 //!             ^------ epoch ----'
 //! ```
 //!
-//! A worker keeps its own copies and looks at one number per batch; if that has changed, it forgets all of them and asks
-//! again. What is not answered yet, or is answered with [`Answer::Slow`], goes through the kernel's sockets, and that
-//! is also what makes the kernel find a neighbour.
+//! A worker keeps its own copies and looks at one number per batch; if that has changed, it forgets all of them and
+//! asks again. What is not answered yet, or is answered with [`Answer::Slow`], goes through the kernel's sockets, and
+//! that is also what makes the kernel find a neighbour.
 
 use std::{
     net::{IpAddr, SocketAddr},

@@ -1,7 +1,8 @@
-//! An XDP program of forty instructions for tests: UDP to port [`PORT`] + n goes to slot queue * [`WORKERS`] + n of a map
-//! of sockets, everything else to the kernel; so does what belongs into an empty slot.
+//! An XDP program of forty instructions for tests: UDP to port [`PORT`] + n goes to slot queue * [`WORKERS`] + n of a
+//! map of sockets, everything else to the kernel; so does what belongs into an empty slot.
 //!
-//! It is written in the kernel's instructions, so that these tests need no object, and is loaded by the plain system call.
+//! It is written in the kernel's instructions, so that these tests need no object, and is loaded by the plain system
+//! call.
 
 use std::{
     io,
