@@ -109,9 +109,10 @@ impl<W: Wire> Fast<W> {
         self.order.on_empty(v6);
     }
 
-    /// A turn ends, and everything is flushed.
+    /// A turn ends, and everything is flushed: the thread may sleep.
     #[inline]
     pub fn end_turn(&mut self) {
+        self.places.iter_mut().for_each(|place| place.port.before_sleep());
         self.order.end_turn(&self.switch);
     }
 

@@ -298,6 +298,23 @@ impl<W: Wire> Port<W> {
         self.blocked
     }
 
+    /// The thread may sleep now: a driver that has fallen asleep since it was looked at is woken. One that has nothing to
+    /// receive into would never say that anything arrived.
+    pub fn before_sleep(&mut self) {
+        // In copy mode nobody sleeps, and what waits to be sent is known.
+        if !self.wire.sends_later() {
+            return;
+        }
+        let wake = self.queue.idle().fill.needs_wakeup();
+        if wake {
+            self.wire.wake();
+        }
+        if self.tx.waiting() > 0 && self.tx.needs_wakeup() {
+            // What is not sent now is asked for again in the next turn.
+            self.blocked = self.wire.kick().is_err();
+        }
+    }
+
     /// Counts what the kernel has dropped since the last call: a system call's worth of work, for once a second.
     pub fn count_drops(&mut self, drops: &mut Counters) {
         let statistics = self.wire.statistics();

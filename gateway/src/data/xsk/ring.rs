@@ -16,7 +16,7 @@ use std::{
     marker::PhantomData,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering, fence},
     },
 };
 
@@ -202,9 +202,11 @@ impl<T: Entry> Producer<T> {
         self.submitted.wrapping_sub(self.ring.consumer().load(Ordering::Acquire)).min(self.ring.size) as usize
     }
 
-    /// Whether the reader must be called to look.
+    /// Whether the reader must be called to look. After [`Producer::submit`]: a reader that falls asleep says so before it
+    /// looks for the last time, so one of the two sees what the other has written.
     #[inline]
     pub fn needs_wakeup(&self) -> bool {
+        fence(Ordering::SeqCst);
         self.ring.needs_wakeup()
     }
 }

@@ -140,6 +140,30 @@ fn a_kernel_that_looks_by_itself_is_not_called() {
 }
 
 #[test]
+fn a_driver_that_sends_later_is_told_once_and_again_before_the_thread_sleeps() {
+    let (kernel, queue, mut ports) = twin(SIZES, 1);
+    kernel.borrow_mut().zero_copy = true;
+    let port = &mut ports[0];
+    for number in 0..50 {
+        assert!(send(port, 0, &numbered(number, 60)));
+    }
+    port.flush();
+    assert!(!port.is_blocked() && kernel.borrow().kicks == 1, "it is told once");
+    port.before_sleep();
+    assert_eq!(kernel.borrow().kicks, 2, "it sleeps, and frames wait");
+    kernel.borrow_mut().set_sleepy(false, false);
+    port.before_sleep();
+    assert_eq!((kernel.borrow().kicks, kernel.borrow().wakes), (2, 0), "it is at it");
+    kernel.borrow_mut().send_all();
+    assert_eq!(kernel.borrow_mut().sent(0).len(), 50);
+    kernel.borrow_mut().set_sleepy(true, true);
+    let kicks = kernel.borrow().kicks;
+    port.before_sleep();
+    assert_eq!((kernel.borrow().kicks, kernel.borrow().wakes), (kicks, 1), "there is room to receive");
+    assert_nothing_is_lost(&kernel, &queue, ports);
+}
+
+#[test]
 fn a_device_that_is_down_fills_the_ring_and_then_nothing_is_taken_until_it_is_up() {
     let (kernel, queue, mut ports) = twin(SIZES, 1);
     kernel.borrow_mut().down = true;
