@@ -13,6 +13,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -132,7 +133,13 @@ pub struct Place {
     pub transfer: Transfer,
 }
 
-/// Opens `sockets` sockets on a queue, in the network namespace of the calling thread.
+/// How long to wait for a queue whose sockets have just been closed: the kernel lets go of it some time later.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How often to try meanwhile.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// Opens `sockets` sockets on a queue, in the network namespace of the calling thread. Blocks for half a second if the
+/// queue is in use.
 ///
 /// # Errors
 /// See [`OpenError`]; nothing is left behind.
@@ -183,7 +190,14 @@ pub fn open(
         let rx = map(&socket, XDP_PGOFF_RX_RING, &offsets.rx, sizes.rx, Consumer::new)?;
         let tx = map(&socket, XDP_PGOFF_TX_RING, &offsets.tx, sizes.tx, Producer::new)?;
         let shared = bound.first().map(|(first, ..)| first.as_fd());
-        bind_to(&socket, place, shared).map_err(|e| match e {
+        let deadline = Instant::now() + PATIENCE;
+        let bound_to = loop {
+            match bind_to(&socket, place, shared) {
+                Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(RETRY),
+                result => break result,
+            }
+        };
+        bound_to.map_err(|e| match e {
             Errno::BUSY => OpenError::Taken(place.queue),
             Errno::OPNOTSUPP if place.transfer == Transfer::ZeroCopy => OpenError::NoZeroCopy,
             Errno::INVAL if shared.is_none() => OpenError::NoQueue(place.queue),
