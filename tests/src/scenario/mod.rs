@@ -10,6 +10,7 @@ pub mod client;
 mod crowd;
 pub(crate) mod dns;
 mod floods;
+mod flow_logs;
 mod hostile_names;
 pub mod lab;
 mod links;

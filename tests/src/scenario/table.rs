@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, floods, hostile_names, links, names, network, paths, relays,
-    resources, start, transfers, translation, trouble,
+    Scenario, access, churn, crowd, dns, floods, flow_logs, hostile_names, links, names, network, paths,
+    relays, resources, start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -151,6 +151,7 @@ pub static SCENARIOS: &[Scenario] = &[
         access::spoofed_source,
     ),
     scenario("the gateway's own tunnel address", direct::plan, 20, access::gateway_own_address),
+    scenario("flow logs: what was carried is what is uploaded", direct::plan, 60, flow_logs::counted),
     scenario("DNS resources: what becomes of a name", direct::plan, 40, names::statuses),
     scenario("DNS resources: reached, moved, revoked", direct::plan, 60, names::reached),
     scenario("DNS resources: relayed", relay_only::plan, 40, resources::relayed),
