@@ -12,6 +12,8 @@
 //! Every worker has a thread, sockets and a queue of the TUN of its own. A worker sees batches, never devices; this
 //! folder moves bytes and never looks past the headers that segmentation offload needs. Start-up order: [`lock`],
 //! [`sysctl`], [`DataPlane::start`], and with the first `init` [`interface`].
+//!
+//! `xsk` is a second way in and out for datagrams, past the sockets; the daemon does not use it yet.
 
 pub mod interface;
 pub mod lock;

@@ -117,6 +117,19 @@ fn frames_are_the_datagrams_that_a_socket_would_have_received() {
 }
 
 #[test]
+fn what_the_kernel_plane_takes_for_udp_is_a_datagram_with_the_same_payload() {
+    for sample in gateway_common::frame_table::all() {
+        let got = datagram(&sample.bytes).map(|datagram| datagram.payload.to_vec());
+        assert_eq!(got, sample.payload, "{}", sample.name);
+        for cut in 0..sample.bytes.len() {
+            if let Some(datagram) = datagram(&sample.bytes[..cut]) {
+                assert_eq!(Some(datagram.payload), sample.payload.as_deref(), "{} cut to {cut}", sample.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_no_datagram_ends_no_batch_and_is_counted_as_on_the_other_path() {
     let mut bed = bed(0);
     let good = frame("198.51.100.7:4000", "192.0.2.1:52625", Ecn::NotEct, b"good");
