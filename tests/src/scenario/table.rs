@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, floods, flow_logs, hostile_names, links, names, network, paths,
-    relays, resources, start, transfers, translation, trouble,
+    Scenario, access, churn, crowd, dns, floods, flow_ends, flow_logs, flow_spool, hostile_names, links,
+    names, network, paths, relays, resources, start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -152,6 +152,26 @@ pub static SCENARIOS: &[Scenario] = &[
     ),
     scenario("the gateway's own tunnel address", direct::plan, 20, access::gateway_own_address),
     scenario("flow logs: what was carried is what is uploaded", direct::plan, 60, flow_logs::counted),
+    scenario(
+        "flow logs: resets, datagrams, denied packets",
+        direct::plan,
+        60,
+        flow_ends::resets_and_datagrams,
+    ),
+    scenario("flow logs: of a DNS resource", direct::plan, 60, flow_ends::of_a_name),
+    scenario(
+        "flow logs: nothing is kept where nothing is to be uploaded",
+        direct::plan,
+        40,
+        flow_ends::not_uploaded,
+    ),
+    scenario(
+        "flow logs: an outage, a restart and a kill lose no record",
+        direct::plan,
+        150,
+        flow_spool::outage,
+    ),
+    scenario("flow logs: hostile tokens and files", direct::plan, 90, flow_spool::hostile),
     scenario("DNS resources: what becomes of a name", direct::plan, 40, names::statuses),
     scenario("DNS resources: reached, moved, revoked", direct::plan, 60, names::reached),
     scenario("DNS resources: relayed", relay_only::plan, 40, resources::relayed),
