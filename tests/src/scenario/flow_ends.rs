@@ -13,9 +13,9 @@ use serde_json::Value;
 use super::{
     Context,
     dns::{Nameserver, ResolvConf},
+    flow_logs::{Endpoint, UPLOADED, closed},
     lab::{Lab, Options, curl},
     names::{PROXIES, assign, names},
-    start::certificates,
     transfers::iperf3,
 };
 use crate::{
@@ -23,64 +23,13 @@ use crate::{
         process::wait_for,
         topology::{LAN_HOST, PORTAL},
     },
-    standins::{
-        ingest::Ingest,
-        portal::{Filter, FlowLogs, Resource},
-    },
+    standins::portal::{Filter, Resource},
 };
 
 const SECOND: Duration = Duration::from_secs(1);
-/// A pass comes each second.
-const UPLOADED: Duration = Duration::from_secs(20);
 /// What nginx says at `/`.
 const HELLO: &str = "hello from the LAN\n";
 const NAME: &str = "web.lan.test";
-
-/// The endpoint, and how a gateway is started that uploads to it each second.
-pub(super) struct Endpoint {
-    pub(super) address: SocketAddr,
-    tls: crate::standins::portal::Tls,
-    /// Where the gateway's spool is. The folders above it are the gateway's to make, and nobody else's to use.
-    pub(super) spool: PathBuf,
-}
-
-impl Endpoint {
-    /// Nobody listens there yet. `options` are changed.
-    pub(super) fn new(cx: &Context, options: &mut Options) -> Result<Self> {
-        let (tls, roots) = certificates(cx.logs.directory())?;
-        let address = SocketAddr::new(PORTAL.into(), 443);
-        let spool = cx.logs.file("state/gateway/flow_logs");
-        options.flow_logs = FlowLogs {
-            api_url: format!("https://{address}/"),
-            upload_interval_secs: 1,
-            upload_batch_size: 0,
-        };
-        options.launch.environment.extend([
-            ("FIREZONE_FLOW_LOGS_DIR", spool.display().to_string()),
-            ("FIREZONE_CA_FILE", roots.display().to_string()),
-        ]);
-        Ok(Self { address, tls, spool })
-    }
-
-    /// It listens.
-    pub(super) fn start(&self, cx: &Context, lab: &Lab) -> Result<Ingest> {
-        let (tls, key) = (self.tls.clone(), lab.portal.ingest_key());
-        Ingest::start(&cx.topology.portal.namespace, self.address, tls, key)
-    }
-}
-
-/// The closed record of the flow from this port, as soon as it was uploaded.
-pub(super) fn closed(ingest: &Ingest, protocol: &str, port: impl Into<u64>) -> Result<Value> {
-    let port = port.into();
-    let record = |key: &crate::standins::ingest::Key| {
-        key.protocol == protocol && key.src.split(' ').nth(1) == Some(&port.to_string())
-    };
-    let records = ingest.wait(&format!("the {protocol} flow from port {port}"), UPLOADED, |records| {
-        records.iter().any(|(key, found)| record(key) && found.closed > 0)
-    })?;
-    let found = records.into_iter().find(|(key, found)| record(key) && found.closed > 0);
-    Ok(found.context("what was just waited for")?.1.payload)
-}
 
 /// Are these the values of these members?
 fn has(record: &Value, expect: Value) -> Result<()> {

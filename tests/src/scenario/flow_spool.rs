@@ -15,7 +15,8 @@ use uuid::Uuid;
 
 use super::{
     Context,
-    flow_ends::{Endpoint, closed, files_of_records},
+    flow_ends::files_of_records,
+    flow_logs::{Endpoint, closed},
     lab::{Download, Lab, Options, PATIENCE, curl, lan4, launch},
 };
 use crate::{

@@ -170,8 +170,16 @@ pub static SCENARIOS: &[Scenario] = &[
         direct::plan,
         150,
         flow_spool::outage,
-    ),
+    )
+    .once(),
     scenario("flow logs: hostile tokens and files", direct::plan, 90, flow_spool::hostile),
+    scenario(
+        "flow logs: an endpoint in trouble gets every record",
+        direct::plan,
+        150,
+        flow_logs::endpoint_trouble,
+    )
+    .once(),
     scenario("DNS resources: what becomes of a name", direct::plan, 40, names::statuses),
     scenario("DNS resources: reached, moved, revoked", direct::plan, 60, names::reached),
     scenario("DNS resources: relayed", relay_only::plan, 40, resources::relayed),
