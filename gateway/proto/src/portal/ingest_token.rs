@@ -14,6 +14,9 @@ use crate::{
     portal::messages::{Secret, UnixSeconds},
 };
 
+/// Bytes of the longest token that is used. No server takes a longer header, and its claims go with each record.
+pub const MAX_TOKEN: usize = 16 << 10;
+
 /// What a token says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claims {
@@ -68,6 +71,9 @@ pub struct OptionalClaims {
 /// Why a token cannot be used. It says nothing of the token's contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
+    /// More than [`MAX_TOKEN`] bytes.
+    #[error("it is longer than {MAX_TOKEN} bytes")]
+    TooLong,
     /// Not three segments, or the second is no base64url of a JSON object (RFC 7519 section 7.2).
     #[error("it is no JSON Web Token")]
     Malformed,
@@ -87,6 +93,9 @@ pub enum TokenError {
 /// # Errors
 /// See [`TokenError`]: access does not depend on it, only what is logged about it.
 pub fn parse(token: Secret) -> Result<Attribution, TokenError> {
+    if token.0.len() > MAX_TOKEN {
+        return Err(TokenError::TooLong);
+    }
     let claims = {
         let mut segments = token.0.split('.');
         let (Some(_), Some(payload), Some(_), None) =
@@ -271,6 +280,17 @@ pub(crate) mod tests {
         ] {
             assert_eq!(parse(secret(&text)), Err(TokenError::Malformed), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_token_has_a_longest_length() {
+        let mut long = claims();
+        let room = MAX_TOKEN - token_of(&long).0.len();
+        // Three bytes become four characters.
+        long["resource_name"] = json!("n".repeat(room / 4 * 3));
+        assert!(parse(token_of(&long)).is_ok());
+        long["resource_name"] = json!("n".repeat(room / 4 * 3 + 64));
+        assert_eq!(parse(token_of(&long)), Err(TokenError::TooLong));
     }
 
     /// The claims of a token as a portal makes it.
