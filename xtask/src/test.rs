@@ -339,7 +339,10 @@ fn deny() -> Result<Outcome> {
 /// Only with a database that is there already: a test run must neither need nor change what is on the network.
 fn advisories() -> Result<Outcome> {
     let folder = run::cargo_home().join("advisory-dbs");
-    if !std::fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_some()) {
+    // A lock file alone is what a fetch leaves that could not reach anybody.
+    let is_database =
+        |entry: std::io::Result<std::fs::DirEntry>| entry.is_ok_and(|entry| entry.path().is_dir());
+    if !std::fs::read_dir(&folder).is_ok_and(|mut entries| entries.any(is_database)) {
         let folder = folder.display();
         return Ok(Outcome::Skipped(format!("no advisory database in {folder}; `cargo deny fetch` gets it")));
     }
