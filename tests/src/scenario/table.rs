@@ -206,6 +206,7 @@ pub static SCENARIOS: &[Scenario] = &[
         translation::gateway_again,
     ),
     scenario("DNS resources: a nameserver falls silent", direct::plan, 40, translation::failover),
+    scenario("UDP over IPv6 of every checksum", direct::plan, 120, translation::every_checksum).once(),
     scenario("DNS resources: hostile control packets", direct::plan, 60, hostile_names::control_packets),
     scenario("DNS servers: SRV and TXT, long answers, bad queries", direct::plan, 40, dns::queries),
     scenario("DNS servers: a connection outlives an init", direct::plan, 40, dns::connection_stays).once(),

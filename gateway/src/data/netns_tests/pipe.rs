@@ -74,9 +74,14 @@ impl Pipe {
             _ => packet.get(20..24),
         };
         let Some(&[a, b, c, d]) = ports else { return self.id };
-        let both = u32::from(u16::from_be_bytes([a, b]) ^ u16::from_be_bytes([c, d]));
-        let hash = usize::from((both.wrapping_mul(0x9e37_79b9) >> 16) as u16);
-        WorkerId::new(hash % self.workers).expect("below 64")
+        let owner = Self::owner_of([u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])], self.workers);
+        WorkerId::new(owner).expect("below 64")
+    }
+
+    /// Which of `workers` owns the flow between these ports, in either direction.
+    pub fn owner_of([a, b]: [u16; 2], workers: usize) -> usize {
+        let both = u32::from(a ^ b);
+        usize::from((both.wrapping_mul(0x9e37_79b9) >> 16) as u16) % workers
     }
 
     fn handle(&mut self, what: Passed<'_>, sink: &mut impl Sink) {

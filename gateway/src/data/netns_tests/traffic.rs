@@ -66,6 +66,7 @@ async fn both_ways(workers: usize, allowed: Capabilities, pairs: &[(&str, &str)]
         {
             enter(&b);
             let listener = TcpListener::bind((ip_b, 0)).unwrap();
+            // One to receive and one to send: who has sent by `quinn_udp` receives several at once.
             let udp_b = [0; 2].map(|port| UdpSocket::bind((ip_b, port)).unwrap());
             let to_b = listener.local_addr().unwrap();
             enter(&a);
@@ -74,9 +75,12 @@ async fn both_ways(workers: usize, allowed: Capabilities, pairs: &[(&str, &str)]
             assert_eq!(from.ip(), ip_a);
             transfer(stream.try_clone().unwrap(), accepted.try_clone().unwrap());
             transfer(accepted, stream);
-            let udp_a = [0; 2].map(|port| UdpSocket::bind((ip_a, port)).unwrap());
-            datagrams(&udp_a[0], &udp_b[0]);
-            datagrams(&udp_b[1], &udp_a[1]);
+            // A flow of each worker's: whichever of them the kernel gives all datagrams to, most belong to others.
+            for owner in 0..workers {
+                let udp_a = udp_b.each_ref().map(|other| owned_by(owner, workers, ip_a, other));
+                datagrams(&udp_a[0], &udp_b[0]);
+                datagrams(&udp_b[1], &udp_a[1]);
+            }
         }
         let mut sides = [(side_a, &a), (side_b, &b)];
         for (side, ns) in &mut sides {
@@ -151,6 +155,15 @@ pub fn transfer(mut from: TcpStream, mut to: TcpStream) {
     to.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     to.read_exact(&mut bytes).unwrap();
     assert_eq!(sender.join().unwrap(), Sha256::digest(&bytes));
+}
+
+/// A socket at `ip`, whose flow with `other` belongs to worker `owner`.
+fn owned_by(owner: usize, workers: usize, ip: IpAddr, other: &UdpSocket) -> UdpSocket {
+    let port = |socket: &UdpSocket| socket.local_addr().unwrap().port();
+    (0..1000)
+        .map(|_| UdpSocket::bind((ip, 0)).unwrap())
+        .find(|socket| Pipe::owner_of([port(socket), port(other)], workers) == owner)
+        .expect("one port in `workers` does")
 }
 
 /// Sends datagrams one way, also with the sender's segmentation offload; all arrive whole and in order.

@@ -182,6 +182,16 @@ pub(super) fn mark_congestion(packet: &mut [u8]) {
     }
 }
 
+/// Where the kernel left a UDP checksum to its device, tun-rs 2.8.16 completes it without the exception for a sum of zero, which
+/// is spelled as ones (RFC 768): zero means "none", and over IPv6 the receiver refuses that (RFC 8200 section 8.1).
+///
+/// Over IPv4 a sender may leave the checksum out, so nothing is to be done there.
+pub(super) fn spell_zero(packet: &mut [u8]) {
+    if packet.len() >= 48 && packet[0] >> 4 == 6 && packet[6] == 17 && packet[46..48] == [0, 0] {
+        packet[46..48].fill(0xff);
+    }
+}
+
 /// Gives an IPv4 packet another source, repairing header and transport checksums (RFC 1624, equation 3).
 pub(super) fn set_source(packet: &mut [u8], source: Ipv4Addr) {
     if packet.len() < 20 || packet[0] >> 4 != 4 {
@@ -207,7 +217,11 @@ pub(super) fn set_source(packet: &mut [u8], source: Ipv4Addr) {
     };
     let negated_old = 0x1_FFFE - words(old);
     let sum = fold(u32::from(!stored) + negated_old + words(source.octets()));
-    packet[at..at + 2].copy_from_slice(&(!sum).to_be_bytes());
+    let checksum = match !sum {
+        0 if packet[9] == 17 => u16::MAX,
+        checksum => checksum,
+    };
+    packet[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
 }
 
 fn fix_v4_checksum(packet: &mut [u8]) {
@@ -301,6 +315,32 @@ mod tests {
         assert_eq!(udp_sum(&packet), 0xFFFF);
         set_source(&mut packet, Ipv4Addr::new(100, 64, 2, 2));
         assert_eq!(packet, original);
+    }
+
+    #[test]
+    fn a_changed_source_never_makes_a_udp_checksum_none() {
+        for last in 0..=u16::MAX {
+            let mut packet =
+                hex::decode("45000020123440004011b822644002020a2c00099c400035000c2e2361626364").unwrap();
+            let [high, low] = last.to_be_bytes();
+            set_source(&mut packet, Ipv4Addr::new(100, 64, high, low));
+            assert_ne!(packet[26..28], [0, 0], "{last:04x}");
+        }
+    }
+
+    #[test]
+    fn a_zero_is_spelled_as_ones_in_udp_over_ipv6_only() {
+        // UDP over IPv6, TCP over IPv6, UDP over IPv4; cut before the checksum's end.
+        for (first, protocol, length, expect) in
+            [(0x60, 17, 48, true), (0x60, 6, 48, false), (0x45, 17, 48, false), (0x60, 17, 47, false)]
+        {
+            let mut packet = [&[first, 0, 0, 0, 0, 8, protocol][..], &[1; 39], &[0, 0]].concat();
+            packet.truncate(length);
+            let before = packet.clone();
+            spell_zero(&mut packet);
+            assert_eq!(packet != before, expect, "{first:02x}, {protocol}, {length}");
+            assert_eq!(packet.ends_with(&[0xff, 0xff]), expect);
+        }
     }
 
     #[test]

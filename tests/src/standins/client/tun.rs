@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use ipnet::IpNet;
 use tun_rs::{DeviceBuilder, GROTable, IDEAL_BATCH_SIZE, SyncDevice, VIRTIO_NET_HDR_LEN};
 
-use super::inner::MAX_INNER;
+use super::inner::{MAX_INNER, spell_zero};
 
 /// What all clients route into their tunnel: tunnel and proxy ranges (packets.md section 2).
 const RANGES: [&str; 4] =
@@ -107,7 +107,9 @@ impl Tun {
             Err(error) => return Err(error),
         };
         for (packet, size) in self.packets.iter_mut().zip(&self.sizes).take(count) {
-            each(&mut packet[..*size]);
+            let packet = &mut packet[..*size];
+            spell_zero(packet);
+            each(packet);
         }
         Ok(true)
     }
