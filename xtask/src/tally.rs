@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::run;
 
-/// Counts, and why something was skipped.
+/// Counts, what failed, and why something was skipped.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// What held.
@@ -21,6 +21,8 @@ pub struct Tally {
     pub skipped: u64,
     /// One line each for what was skipped.
     pub reasons: Vec<String>,
+    /// The names of what failed, as far as they were reported.
+    pub failures: Vec<String>,
 }
 
 impl Tally {
@@ -29,7 +31,7 @@ impl Tally {
         Self { skipped: 1, reasons: vec![reason], ..Self::default() }
     }
 
-    /// Adds the counts of `other`; the reasons stay where they are.
+    /// Adds the counts of `other`; the lines stay where they are.
     pub fn add(&mut self, other: &Self) {
         self.passed += other.passed;
         self.failed += other.failed;
@@ -51,6 +53,10 @@ impl Tally {
         {
             self.reasons.push(format!("{name}{}", reason.replacen(", ", ": ", 1)));
             return false;
+        }
+        if let Some(failed) = failed_name(line) {
+            self.failures.push(failed.to_owned());
+            return true;
         }
         if let Some(skipped) = line.strip_prefix("skip  ") {
             self.reasons.push(skipped.to_owned());
@@ -108,6 +114,21 @@ fn count(counts: &str, word: &str) -> u64 {
     part.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
 }
 
+/// What failed, of `test NAME ... FAILED` and `FAIL  NAME (1.0 s): why`.
+fn failed_name(line: &str) -> Option<&str> {
+    if let Some(name) = line.strip_prefix("test ") {
+        return name.strip_suffix(" ... FAILED");
+    }
+    // Everything up to the time: a name may have brackets, and why it failed may have more.
+    let scenario = line.strip_prefix("FAIL  ")?;
+    Some(
+        scenario
+            .split_once(" s): ")
+            .and_then(|(name, _)| name.rsplit_once(" ("))
+            .map_or(scenario, |(name, _)| name),
+    )
+}
+
 /// `N passed, N failed, N skipped`, the whole line.
 fn closing_line(line: &str) -> Option<Tally> {
     let mut parts = line.split(", ");
@@ -117,7 +138,7 @@ fn closing_line(line: &str) -> Option<Tally> {
         passed: number("passed")?,
         failed: number("failed")?,
         skipped: number("skipped")?,
-        reasons: Vec::new(),
+        ..Tally::default()
     };
     parts.next().is_none().then_some(tally)
 }
@@ -140,6 +161,7 @@ mod tests {
         ]);
         assert_eq!((tally.passed, tally.failed, tally.skipped), (8, 1, 1));
         assert_eq!(tally.reasons, ["a::slow: needs a real NIC"]);
+        assert_eq!(tally.failures, ["a::c"]);
         assert_eq!(shown.len(), 2, "{shown:?}");
         assert!(shown[0].contains("a::c ... FAILED"));
     }
@@ -150,12 +172,16 @@ mod tests {
             "ok    ping (0.3 s)",
             "skip  relay: no coturn",
             "FAIL  x (1.0 s): y",
+            "FAIL  two (or 2) of them (10.0 s): took (1.0 s): z",
+            "FAIL  w: its process ended with 1",
             "",
             "3 passed, 2 failed, 1 skipped",
         ]);
         assert_eq!((tally.passed, tally.failed, tally.skipped), (3, 2, 1));
         assert_eq!(tally.reasons, ["relay: no coturn"]);
-        assert_eq!(shown, ["ok    ping (0.3 s)", "FAIL  x (1.0 s): y"]);
+        assert_eq!(tally.failures, ["x", "two (or 2) of them", "w: its process ended with 1"]);
+        assert_eq!(shown.len(), 4, "{shown:?}");
+        assert_eq!(shown[..2], ["ok    ping (0.3 s)", "FAIL  x (1.0 s): y"]);
     }
 
     #[test]

@@ -150,6 +150,7 @@ impl<'a> Session<'a> {
         self.notes.extend(tally.reasons.iter().map(|reason| format!("skipped in `{name}`: {reason}")));
         if tally.failed > 0 {
             self.notes.push(format!("FAILED: {name} ({} of it)", tally.failed));
+            self.notes.extend(tally.failures.iter().map(|failure| format!("  {failure}")));
         }
         let fine = tally.failed == 0 && tally.passed > 0;
         self.sum.add(&tally);
@@ -224,6 +225,7 @@ impl<'a> Session<'a> {
                 Outcome::Ran(tally) => {
                     sum.add(&tally);
                     sum.reasons.extend(tally.reasons);
+                    sum.failures.extend(tally.failures.iter().map(|name| format!("{name}, without {words}")));
                 }
                 skipped @ Outcome::Skipped(_) => return Ok(skipped),
             }

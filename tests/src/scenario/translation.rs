@@ -7,7 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
     Context,
@@ -44,7 +45,7 @@ const FAR: (Ipv4Addr, Ipv6Addr) =
 
 /// traceroute counts the gateway, the router and the host, each as the proxy address, the only one of them that the client knows
 /// (packets.md section 5.5); what is too long for a link in between is told to the client about that address, and TCP gets
-/// through in both directions.
+/// through in both directions. Over IPv6 too.
 pub(super) fn hops_and_mtu(cx: &mut Context) -> Result<()> {
     const ECHOED: usize = 1_000_000;
     let far = far_host(cx)?;
@@ -77,8 +78,45 @@ pub(super) fn hops_and_mtu(cx: &mut Context) -> Result<()> {
         let came = client.run(|| echo(proxy, &sent))?;
         ensure!(came == sent, "{proxy}: what came back is not what was sent");
     }
+    too_big(client, &far, v6.parse()?)?;
     ping(client, v6.parse()?)?;
     lab.finish()
+}
+
+/// "Packet too big" over IPv6 reaches who sent the packet, about the proxy address. No router of ours would say so, because a
+/// tunnel's packets are no longer than what every link carries (RFC 8200 section 5): the far host does, quoting what it got.
+fn too_big(client: &NetNs, far: &NetNs, proxy: Ipv6Addr) -> Result<()> {
+    const PAYLOAD: [u8; 1000] = [0x5a; 1000];
+    const IP: usize = 40;
+    const UDP: usize = 8;
+    let server = far.run(|| Ok(UdpSocket::bind((FAR.1, 0))?))?;
+    server.set_read_timeout(Some(5 * SECOND))?;
+    let port = server.local_addr()?.port();
+    let socket = client.run(|| {
+        let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?;
+        socket.connect((proxy, port))?;
+        Ok(socket)
+    })?;
+    socket.set_read_timeout(Some(5 * SECOND))?;
+    socket.send(&PAYLOAD)?;
+    let (length, from) = server.recv_from(&mut [0; PAYLOAD.len()])?;
+    let SocketAddr::V6(from) = from else { bail!("it came from {from}") };
+    let datagram = u16::try_from(UDP + length)?.to_be_bytes();
+
+    // RFC 8200 section 3, RFC 768; neither the hop limit nor the checksum of a quote is looked at.
+    let mut quote = vec![0x60, 0, 0, 0, datagram[0], datagram[1], 17, 60];
+    quote.extend([from.ip().octets(), FAR.1.octets()].concat());
+    quote.extend([from.port().to_be_bytes(), port.to_be_bytes(), datagram, [0; 2]].concat());
+    quote.extend(&PAYLOAD[..length]);
+    ensure!(quote.len() == IP + UDP + PAYLOAD.len(), "{length} bytes came");
+    // RFC 4443 section 3.2: type, code, checksum (by the kernel), MTU.
+    let message = [&[2, 0, 0, 0][..], &1280_u32.to_be_bytes(), &quote].concat();
+    let raw = far.run(|| Ok(Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?))?;
+    raw.send_to(&message, &SocketAddr::new((*from.ip()).into(), 0).into())?;
+
+    let said = socket.recv(&mut [0]).map_err(|error| rustix::io::Errno::from_io_error(&error));
+    ensure!(said == Err(Some(rustix::io::Errno::MSGSIZE)), "the client's socket says {said:?}");
+    Ok(())
 }
 
 /// Filters count for proxy addresses as for any other; new ones, a revocation and a new grant from the next packet.
