@@ -5,7 +5,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Parser, ValueEnum, builder::BoolishValueParser};
+use clap::{Parser, Subcommand, ValueEnum, builder::BoolishValueParser};
 use gateway_common::maps::MAX_WORKERS;
 use gateway_proto::portal::messages::Secret;
 use zeroize::Zeroizing;
@@ -21,8 +21,18 @@ Further environment variables:
 
 /// Connects clients to resources: WireGuard over direct UDP or TURN relays, under a portal's authorizations.
 #[derive(Debug, Parser)]
-#[command(name = "firezone-gateway", version, max_term_width = 110, after_long_help = VARIABLES)]
+#[command(
+    name = "firezone-gateway",
+    version,
+    max_term_width = 110,
+    after_long_help = VARIABLES,
+    disable_help_subcommand = true
+)]
 pub struct Cli {
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// The gateway's token. Without it, the systemd credential FIREZONE_TOKEN is read.
     #[arg(env = "FIREZONE_TOKEN", hide_env_values = true, value_parser = secret, help_heading = "Portal")]
     pub token: Option<Secret>,
@@ -78,6 +88,11 @@ pub struct Cli {
     )]
     pub dns_listen: Vec<SocketAddr>,
 
+    /// Leave forwarding and nftables as they are: the machine is prepared otherwise. Without it the gateway turns
+    /// forwarding on and keeps a table of its own, inet firezone_gateway, while it runs.
+    #[arg(long, env = "FIREZONE_NO_NETWORK_SETUP", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
+    pub no_network_setup: bool,
+
     /// Leave net.core.rmem_max and wmem_max as they are.
     #[arg(long, env = "FIREZONE_NO_INC_BUF", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
     pub no_inc_buf: bool,
@@ -118,6 +133,17 @@ pub struct Cli {
     /// Accepted for compatibility: this gateway never reports to anybody.
     #[arg(long, env = "FIREZONE_NO_TELEMETRY", value_parser = BoolishValueParser::new(), hide = true)]
     pub no_telemetry: bool,
+}
+
+/// What the program does besides serving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Remove what a gateway left behind that was killed: nftables table, routing rules, changed settings.
+    Cleanup {
+        /// Delete instead the iptables rules that upstream's firezone-gateway-init added, and nothing else.
+        #[arg(long)]
+        upstream_rules: bool,
+    },
 }
 
 /// The portal's two generations of gateway endpoint (portal-protocol.md section 12).
@@ -198,6 +224,22 @@ mod tests {
         assert_eq!(cli.firezone_id.as_deref(), Some("id"));
         assert_eq!(cli.max_partition_time, Duration::from_secs(300));
         assert_eq!(cli.token.map(|t| t.0.to_string()).as_deref(), Some("tok"));
+    }
+
+    #[test]
+    fn cleanup_is_a_command_and_other_words_are_tokens() {
+        let parse = |arguments: &[&str]| Cli::try_parse_from([&["firezone-gateway"], arguments].concat());
+        let table: [(&[&str], Option<Command>); 4] = [
+            (&[], None),
+            (&["help"], None),
+            (&["cleanup"], Some(Command::Cleanup { upstream_rules: false })),
+            (&["cleanup", "--upstream-rules"], Some(Command::Cleanup { upstream_rules: true })),
+        ];
+        for (arguments, expect) in table {
+            assert_eq!(parse(arguments).unwrap().command, expect, "{arguments:?}");
+        }
+        assert_eq!(parse(&["help"]).unwrap().token.map(|t| t.0.to_string()).as_deref(), Some("help"));
+        assert!(parse(&["--upstream-rules"]).is_err());
     }
 
     #[test]

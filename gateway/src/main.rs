@@ -9,6 +9,7 @@ mod flow_logs;
 mod health;
 mod identity;
 mod logging;
+mod network;
 mod portal;
 mod runtime;
 
@@ -20,10 +21,11 @@ use gateway_proto::portal::{Generation, login_url::LoginUrl};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::{
-    cli::{Cli, PortalEndpoint},
+    cli::{Cli, Command, PortalEndpoint},
     data::{BufferSizes, Capabilities, DataPlane, TUN_NAME, interface::Interface, lock::InstanceLock},
     flow_logs::FlowLogs,
     health::Readiness,
+    network::Network,
     portal::CaFile,
     runtime::Runtime,
 };
@@ -33,13 +35,17 @@ const _: () =
     assert!(!gateway_proto::MOCK_CLOCK, "the daemon must not be built with gateway-proto's mock-instant");
 
 fn main() -> ExitCode {
-    let prepared = match prepare(Cli::parse()) {
+    let cli = Cli::parse();
+    if let Some(Command::Cleanup { upstream_rules }) = cli.command {
+        return match network::cleanup::run(upstream_rules) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => complain(&e),
+        };
+    }
+    let prepared = match prepare(cli) {
         Ok(prepared) => prepared,
-        // Nothing is running yet: one sentence, where it also reaches a terminal.
-        Err(e) => {
-            eprintln!("firezone-gateway: {e:#}");
-            return ExitCode::FAILURE;
-        }
+        // Nothing is running yet.
+        Err(e) => return complain(&e),
     };
     match run(prepared) {
         Ok(()) => ExitCode::SUCCESS,
@@ -48,6 +54,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// One sentence, where it also reaches a terminal.
+fn complain(error: &anyhow::Error) -> ExitCode {
+    eprintln!("firezone-gateway: {error:#}");
+    ExitCode::FAILURE
 }
 
 /// Everything that was checked before the machine is touched.
@@ -63,6 +75,7 @@ struct Prepared {
     allow_own_ip: bool,
     dns_listen: BTreeSet<SocketAddr>,
     raise_buffer_limits: bool,
+    set_up_network: bool,
     _lock: InstanceLock,
 }
 
@@ -112,6 +125,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         allow_own_ip: cli.allow_own_ip,
         dns_listen: cli.dns_listen.into_iter().collect(),
         raise_buffer_limits: !cli.no_inc_buf,
+        set_up_network: !cli.no_network_setup,
         _lock: InstanceLock::acquire(TUN_NAME)?,
     })
 }
@@ -148,7 +162,17 @@ fn run(prepared: Prepared) -> Result<()> {
         let readiness = Arc::new(Readiness::default());
         tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
         let flow_logs = (flow_logs, prepared.log_flows);
-        Runtime::new(data, interface, dns, flow_logs, prepared.portal, readiness)?.run().await
+        let runtime = Runtime::new(data, interface, dns, flow_logs, prepared.portal, readiness)?;
+        // After the last thing that can fail, and where a signal is waited for already: what is set up is removed.
+        let network = match prepared.set_up_network {
+            true => Some(Network::set_up(TUN_NAME).await),
+            false => None,
+        };
+        let result = runtime.run().await;
+        if let Some(network) = network {
+            network.tear_down().await;
+        }
+        result
     })
 }
 

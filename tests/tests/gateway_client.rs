@@ -62,6 +62,7 @@ fn reach(plan: Plan, generation: Generation, paths: &[Path]) {
 
 fn try_reach(plan: Plan, generation: Generation, paths: &[Path], logs: &Logs) -> Result<()> {
     let topology = Topology::build(plan)?;
+    topology.prepare_gateway()?;
     let relay_addrs = topology.relay_addresses(0);
     let _coturn =
         services::Relay::start(&topology.relays[0].namespace, logs, "relay0", &relay_addrs, "north")?;

@@ -22,6 +22,7 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("ethtool", "ethtool", "GRO and offloads of the test network's links"),
     ("iperf3", "iperf3", "throughput"),
     ("iproute2", "ip", "network namespaces"),
+    ("iptables", "iptables", "firewalls of others on the gateway's machine"),
     ("iputils-ping", "ping", "ping through the tunnel"),
     ("nftables", "nft", "NAT of the test network"),
     ("nginx-light", "nginx", "the HTTP server of the test network"),

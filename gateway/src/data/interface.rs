@@ -130,15 +130,17 @@ impl Interface {
         Ok(families)
     }
 
-    /// Removes what would outlive the device: the two rules. Harmless when they are not there.
-    pub async fn remove(self) {
+    /// Removes what would outlive the device: the two rules. Harmless when they are not there. Returns which were.
+    pub async fn remove(self) -> Vec<AddressFamily> {
+        let mut removed = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             match self.handle.rule().del(rule(family)).execute().await {
-                Ok(()) => {}
+                Ok(()) => removed.push(family),
                 Err(e) if is(&e, &[libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP]) => {}
                 Err(e) => tracing::warn!("Failed to remove the {family:?} routing rule: {}", reason(&e)),
             }
         }
+        removed
     }
 
     async fn index(&self) -> Result<u32> {

@@ -131,6 +131,8 @@ impl Bed {
         let mut notes = Vec::new();
         let napi = interfaces(&cx.topology, &[GATEWAY_CORE], &[OTHER_CORE], Behind::Rps, &mut notes)?;
         routes(&cx.topology)?;
+        // All contenders have the same rules in their way.
+        cx.topology.prepare_gateway()?;
         let record = format!("{NAME},{}", LAN_HOST.0);
         let nameserver = Nameserver::start_with(&cx, "nameserver", PORTAL, "-", &[record])?;
         let core = GATEWAY_CORE.to_string();
@@ -143,7 +145,8 @@ impl Bed {
                 wrapper: pinned.chain(ResolvConf::new(&cx, &[PORTAL])?.launch(&cx)?.wrapper).collect(),
                 environment: vec![("FIREZONE_FLOW_LOGS_DIR", spool.display().to_string())],
                 ..Launch::default()
-            },
+            }
+            .without_network_setup(),
             ..Options::default()
         };
         let mut lab = Lab::start(&cx, &options)?;

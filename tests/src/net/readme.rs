@@ -1,5 +1,5 @@
-//! What README.md tells an operator to prepare, read from README.md: the test network's gateway is prepared by those
-//! very lines, so they cannot be wrong without a red scenario.
+//! What README.md tells an operator to prepare who does it without the daemon, read from README.md: a scenario and the
+//! benchmark prepare their gateway by those very lines, so they cannot be wrong without being noticed.
 
 use anyhow::{Context as _, Result};
 

@@ -19,6 +19,7 @@ use super::{
 /// Programs that scenarios need, with the Debian package of each.
 pub const PROGRAMS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
+    ("iptables", "iptables"),
     ("nft", "nftables"),
     ("nsenter", "util-linux"),
     ("setpriv", "util-linux"),

@@ -77,6 +77,23 @@ pub struct Launch {
     pub without: &'static [&'static str],
 }
 
+impl Launch {
+    /// As its own but for one more variable.
+    #[must_use]
+    pub fn with(mut self, key: &'static str, value: impl Into<String>) -> Self {
+        self.environment.push((key, value.into()));
+        self
+    }
+
+    /// The daemon leaves forwarding and nftables alone; [`Topology::prepare_gateway`] does that.
+    ///
+    /// [`Topology::prepare_gateway`]: crate::net::topology::Topology::prepare_gateway
+    #[must_use]
+    pub fn without_network_setup(self) -> Self {
+        self.with("FIREZONE_NO_NETWORK_SETUP", "true")
+    }
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {

@@ -9,6 +9,7 @@ mod churn;
 pub mod client;
 mod crowd;
 pub(crate) mod dns;
+mod firewall;
 mod floods;
 mod flow_ends;
 mod flow_logs;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, floods, flow_ends, flow_logs, flow_spool, hostile_names, links,
-    names, network, paths, relays, resources, start, transfers, translation, trouble,
+    Scenario, access, churn, crowd, dns, firewall, floods, flow_ends, flow_logs, flow_spool, hostile_names,
+    links, names, network, paths, relays, resources, start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -84,6 +84,27 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a portal by name, and its name server moves", direct::plan, 40, start::portal_by_name).once(),
     scenario("a gateway without IPv6", direct::plan, 30, start::without_ipv6),
     scenario("a gateway without IPv4", dual_stack::plan, 30, start::without_ipv4),
+    scenario("network set-up: made, made again, removed", direct::plan, 40, firewall::own_setup).once(),
+    scenario("network set-up: by README.md's lines instead", direct::plan, 30, firewall::opt_out).once(),
+    scenario("network set-up: a killed gateway's is removed", direct::plan, 40, firewall::killed).once(),
+    scenario("network set-up: beside Docker", direct::plan, 60, firewall::docker).once(),
+    scenario("network set-up: beside iptables of the older kind", direct::plan, 60, firewall::legacy).once(),
+    scenario("network set-up: beside firewalld", direct::plan, 60, firewall::firewalld).once(),
+    scenario(
+        "network set-up: beside an operator's rules, which are flushed",
+        direct::plan,
+        90,
+        firewall::operator,
+    )
+    .once(),
+    scenario("network set-up: what is missing is said once", direct::plan, 60, firewall::missing).once(),
+    scenario(
+        "network set-up: upstream's rules are deleted, and no others",
+        direct::plan,
+        30,
+        firewall::upstream,
+    )
+    .once(),
     scenario("direct: ping and HTTP over IPv4 and IPv6", direct::plan, 20, paths::direct).core(),
     scenario("relayed: ping and HTTP over IPv4 and IPv6", relay_only::plan, 20, paths::relayed).core(),
     scenario("dual stack, direct: ping and HTTP", dual_stack::plan, 20, paths::direct),

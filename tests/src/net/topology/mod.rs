@@ -19,7 +19,8 @@
 //!
 //! Clients beyond the third are at 198.18.i.2 (RFC 2544's range).
 //!
-//! The gateway's namespace is prepared by the very lines that README.md gives an operator.
+//! The gateway's namespace forwards nothing by itself: the daemon sets that up, or [`Topology::prepare_gateway`] by the very
+//! lines that README.md gives an operator who does it without the daemon.
 
 pub mod direct;
 pub mod dual_stack;
@@ -191,12 +192,24 @@ impl Topology {
         let Maker { nats, wires, .. } = maker;
 
         let lan = lan(&gateway.namespace)?;
-        prepare_gateway(&gateway.namespace)?;
+        // A namespace may inherit what the machine has.
+        gateway.namespace.sysctl(&["net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0"])?;
         let topology = Self { clients, gateway, relays, portal, lan, nats, _wires: wires, router, plan };
         if topology.plan.relay_only {
             topology.block_direct()?;
         }
         Ok(topology)
+    }
+
+    /// Prepares the gateway's namespace as README.md says for `--no-network-setup`: for a daemon with that flag, or for others
+    /// in its place.
+    ///
+    /// # Errors
+    /// With what `nft` said.
+    pub fn prepare_gateway(&self) -> Result<()> {
+        let (settings, script) = readme::preparation()?;
+        self.gateway.namespace.sysctl(&settings)?;
+        self.gateway.namespace.nft(script)
     }
 
     /// From now on the router drops UDP between clients and gateway: only a relay connects them.
@@ -338,11 +351,4 @@ fn lan(gateway: &NetNs) -> Result<NetNs> {
     ];
     host.ip_batch(&addresses)?;
     Ok(host)
-}
-
-/// As README.md says; forwarding is accepted by default here.
-fn prepare_gateway(gateway: &NetNs) -> Result<()> {
-    let (settings, script) = readme::preparation()?;
-    gateway.sysctl(&settings)?;
-    gateway.nft(script)
 }
