@@ -6,7 +6,10 @@
 //! what a rule asks besides is [`Truth::Maybe`]. Where a rule that names the tunnel accepts, if only some, somebody has thought
 //! of us and limits clients on purpose: nothing is said.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+};
 
 use gateway_proto::addr::{TUNNEL_V4, TUNNEL_V6};
 use ipnet::IpNet;
@@ -14,6 +17,8 @@ use serde_json::Value;
 
 /// How deep chains may call each other; the kernel allows 16 (NFT_JUMP_STACK_SIZE).
 const DEPTH: usize = 16;
+/// How many rules one packet may meet here; chains that call many others could keep us busy for ever.
+const PATIENCE: u32 = 100_000;
 
 /// Which packets of clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,6 +92,10 @@ fn finding(objects: &[Value], base: &Value, tun: &str, others: &[&str]) -> Optio
         sure: false,
         chains: Vec::new(),
     };
+    let mut rules: HashMap<&str, Vec<&Value>> = HashMap::new();
+    for rule in objects.iter().filter_map(|object| object.get("rule")).filter(|rule| same_table(rule, base)) {
+        rules.entry(rule["chain"].as_str().unwrap_or_default()).or_default().push(rule);
+    }
     // A machine without another device yet: whatever comes.
     let others: Vec<Option<&str>> =
         if others.is_empty() { vec![None] } else { others.iter().copied().map(Some).collect() };
@@ -94,8 +103,7 @@ fn finding(objects: &[Value], base: &Value, tun: &str, others: &[&str]) -> Optio
         for direction in [Direction::Outbound, Direction::Inbound] {
             let (mut dropped, mut by_policy, mut named, mut sure) = (BTreeSet::new(), true, false, true);
             for &other in &others {
-                let mut walk =
-                    Walk { objects, base, tun, other, family, direction, unsure: false, named: false };
+                let mut walk = Walk::new(&rules, tun, other, family, direction);
                 let end = walk.chain(chain, 0);
                 let drops = end == End::Dropped || (end == End::Through && base["policy"] == "drop");
                 if drops {
@@ -205,8 +213,8 @@ enum End {
 
 /// One packet on its way through one base chain.
 struct Walk<'a> {
-    objects: &'a [Value],
-    base: &'a Value,
+    /// The rules of each chain of its table.
+    rules: &'a HashMap<&'a str, Vec<&'a Value>>,
     tun: &'a str,
     /// The device on the other side, if there is any.
     other: Option<&'a str>,
@@ -216,17 +224,32 @@ struct Walk<'a> {
     unsure: bool,
     /// A rule that names the tunnel accepts it, or some of its kind.
     named: bool,
+    /// How many more rules it may meet.
+    patience: u32,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn new(
+        rules: &'a HashMap<&'a str, Vec<&'a Value>>,
+        tun: &'a str,
+        other: Option<&'a str>,
+        family: Family,
+        direction: Direction,
+    ) -> Self {
+        Self { rules, tun, other, family, direction, unsure: false, named: false, patience: PATIENCE }
+    }
+
     fn chain(&mut self, name: &str, depth: usize) -> End {
         if depth > DEPTH {
             return End::Through;
         }
-        let objects = self.objects;
-        let rules = objects.iter().filter_map(|object| object.get("rule"));
-        let base = self.base;
-        for rule in rules.filter(|rule| same_table(rule, base) && rule["chain"] == name) {
+        let rules = self.rules;
+        for rule in rules.get(name).into_iter().flatten() {
+            self.patience = self.patience.saturating_sub(1);
+            if self.patience == 0 {
+                self.unsure = true;
+                return End::Through;
+            }
             match self.rule(rule, depth) {
                 Next::Rule => {}
                 Next::End(end) => return end,

@@ -90,11 +90,15 @@ async fn remove(changes: Option<Vec<Change>>) -> Result<Vec<String>, nft::Error>
     let listed = nft::list(Some(table::TABLE)).await;
     let changes = changes.unwrap_or_else(|| table::remembered(listed.as_deref().unwrap_or_default()));
     let removed = match listed {
-        Ok(_) => nft::apply(&table::remove()).await.map(|()| true),
         Err(e) if e.is_absence() => Ok(false),
         // Where there is no program there never was a table of ours.
         Err(nft::Error::Missing(_)) => Ok(false),
-        Err(e) => Err(e),
+        // It may still be removed if it cannot be read: not every nft speaks JSON.
+        _ => match nft::apply(&table::remove()).await {
+            Ok(()) => Ok(true),
+            Err(e) if e.is_absence() => Ok(false),
+            Err(e) => Err(e),
+        },
     };
     if matches!(removed, Ok(true)) {
         done.push(format!("Removed the nftables table {}", table::TABLE));

@@ -65,15 +65,21 @@ pub async fn list(table: Option<&str>) -> Result<Vec<Value>, Error> {
         None => arguments.push("ruleset"),
     }
     let text = run("nft", &arguments, "").await?;
+    // A large ruleset takes longer than the control thread may be away.
+    let parsed = tokio::task::spawn_blocking(move || objects(&text)).await;
     let unreadable = || Error::Said("nft".to_owned(), "something that is no list of objects".to_owned());
-    // An empty ruleset is sometimes an empty text.
+    parsed.ok().flatten().ok_or_else(unreadable)
+}
+
+fn objects(text: &str) -> Option<Vec<Value>> {
+    // An empty ruleset is an empty text for some versions.
     if text.trim().is_empty() {
-        return Ok(Vec::new());
+        return Some(Vec::new());
     }
-    let mut all: Value = serde_json::from_str(&text).map_err(|_| unreadable())?;
+    let mut all: Value = serde_json::from_str(text).ok()?;
     match all.get_mut("nftables").map(Value::take) {
-        Some(Value::Array(objects)) => Ok(objects),
-        _ => Err(unreadable()),
+        Some(Value::Array(objects)) => Some(objects),
+        _ => None,
     }
 }
 
@@ -156,6 +162,25 @@ mod tests {
         ];
         for (words, expect) in table {
             assert_eq!(essence(words), expect);
+        }
+    }
+
+    #[test]
+    fn only_a_list_of_objects_is_a_listing() {
+        let table = [
+            ("", Some(0)),
+            (r#"{"nftables": []}"#, Some(0)),
+            (
+                r#"{"nftables": [{"metainfo": {"json_schema_version": 1}}, {"table": {"name": "x"}}]}"#,
+                Some(2),
+            ),
+            (r#"{"nftables": {}}"#, None),
+            (r#"{"tables": []}"#, None),
+            ("[]", None),
+            ("table inet x {\n}\n", None),
+        ];
+        for (text, expect) in table {
+            assert_eq!(objects(text).map(|objects| objects.len()), expect, "{text}");
         }
     }
 

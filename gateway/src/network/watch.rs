@@ -104,8 +104,11 @@ async fn look(tun: &str, said: &mut BTreeSet<String>) {
         // If that is a fault, the set-up has said so.
         Err(e) => return tracing::debug!("The rules of others are not known, because {e}"),
     };
+    let owned = tun.to_owned();
+    let search = move || foreign::findings(&objects, &owned, &foreign::devices());
+    let findings = tokio::task::spawn_blocking(search).await.unwrap_or_default();
     let (mut sure, mut perhaps) = (Vec::new(), Vec::new());
-    for finding in foreign::findings(&objects, tun, &foreign::devices()) {
+    for finding in findings {
         let list = if finding.sure { &mut sure } else { &mut perhaps };
         list.push(advice::sentence(&finding, tun));
     }

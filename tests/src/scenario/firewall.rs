@@ -1,6 +1,6 @@
 //! What the daemon sets up on its machine so that clients get through, beside the firewalls of others; and what becomes of it.
 
-use std::time::Duration;
+use std::{net::SocketAddrV6, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
@@ -285,40 +285,77 @@ pub(super) fn operator(cx: &mut Context) -> Result<()> {
     end_beside_others(cx, lab, 1, false)
 }
 
-/// No nft, or settings that cannot be written: one sentence each, and the daemon serves what can be served.
-pub(super) fn missing(cx: &mut Context) -> Result<()> {
-    let no_nft = "for nft in /usr/sbin/nft /sbin/nft /usr/bin/nft; do \
+/// There is no nft: one sentence, and the daemon serves what can be served.
+pub(super) fn without_nft(cx: &mut Context) -> Result<()> {
+    let script = "for nft in /usr/sbin/nft /sbin/nft /usr/bin/nft; do \
                   [ -e $nft ] && mount --bind /dev/null $nft; done; exec \"$@\"";
-    let read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
-    let table: [(&str, &[&str]); 2] = [
-        (no_nft, &["`nft` is not installed; install the package nftables, or prepare the machine"]),
-        (
-            read_only,
-            &[
-                "IPv4 packets of clients are not forwarded: net.ipv4.ip_forward is 0 and cannot be set (Read-only file \
-                 system",
-                "`sysctl -w net.ipv6.conf.all.forwarding=1`",
-            ],
-        ),
-    ];
-    for (script, sentences) in table {
-        let wrapper = in_mount_namespace(script);
-        can_run(cx, &wrapper)?;
-        let before = Machine::now(cx)?;
-        let mut lab = serve(cx, Launch { wrapper, ..Launch::default() })?;
-        lab.expect_warning("Resources cannot answer clients");
-        lab.expect_warning("are not forwarded");
-        let client = &cx.topology.clients[0].namespace;
-        ensure!(ping(client, LAN_HOST.0.into()).is_err(), "without {script} it works all the same");
-        let said = warnings(&lab);
-        ensure!(said.len() == sentences.len(), "{said:?}");
-        for (said, sentence) in said.iter().zip(sentences) {
-            ensure!(said.contains(sentence), "{sentence} is not in {said}");
-        }
-        lab.terminate(3 * SECOND)?;
-        ensure!(Machine::now(cx)? == before, "it left behind {:?}", Machine::now(cx)?);
+    let sentence = "`nft` is not installed; install the package nftables, or prepare the machine";
+    impaired(cx, script, &[sentence])
+}
+
+/// Settings cannot be written, as in most containers: the same.
+pub(super) fn read_only_settings(cx: &mut Context) -> Result<()> {
+    let script = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec \"$@\"";
+    let v6 = "by `sysctl -w net.ipv6.conf.all.forwarding=1`";
+    let v4 = "IPv4 packets of clients are not forwarded: net.ipv4.ip_forward is 0 and cannot be set (Read-only file system";
+    impaired(cx, script, &[v6, v4])
+}
+
+/// A daemon started by `script` (its `"$@"`) says these sentences at WARN, connects clients who reach nothing, and leaves the
+/// machine as it was.
+fn impaired(cx: &Context, script: &str, sentences: &[&str]) -> Result<()> {
+    let wrapper = in_mount_namespace(script);
+    can_run(cx, &wrapper)?;
+    let before = Machine::now(cx)?;
+    let mut lab = serve(cx, Launch { wrapper, ..Launch::default() })?;
+    lab.expect_warning("Resources cannot answer clients");
+    lab.expect_warning("are not forwarded");
+    let client = &cx.topology.clients[0].namespace;
+    ensure!(ping(client, LAN_HOST.0.into()).is_err(), "it works all the same");
+    let said = warnings(&lab);
+    ensure!(said.len() == sentences.len(), "{said:?}");
+    for (said, sentence) in said.iter().zip(sentences) {
+        ensure!(said.contains(sentence), "{sentence} is not in {said}");
     }
+    lab.terminate(3 * SECOND)?;
+    ensure!(Machine::now(cx)? == before, "it left behind {:?}", Machine::now(cx)?);
     Ok(())
+}
+
+/// The machine has an IPv6 default route from a router. Forwarding would make it deaf to routers, and take the route away.
+pub(super) fn advertised_route(cx: &mut Context) -> Result<()> {
+    let gateway = &cx.topology.gateway.namespace;
+    let route = || shell(cx, "ip -6 route show default proto ra");
+    advertise(cx)?;
+    let learned = wait_for("the advertised route", 5 * SECOND, || {
+        Ok(Some(route()?).filter(|route| route.contains("dev eth0")))
+    })?;
+    let listens = || gateway.run(|| Ok(std::fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/accept_ra")?));
+    ensure!(listens()?.trim() == "1", "accept_ra is {} at first", listens()?);
+    let mut lab = serve(cx, Launch::default())?;
+    reach(cx)?;
+    ensure!(listens()?.trim() == "2", "accept_ra is {}", listens()?);
+    ensure!(route()?.contains("dev eth0"), "{learned} is gone");
+    lab.terminate(3 * SECOND)?;
+    ensure!(listens()?.trim() == "1", "accept_ra is {} at last", listens()?);
+    ensure!(route()?.contains("dev eth0"), "{learned} is gone at last");
+    Ok(())
+}
+
+/// A router advertisement (RFC 4861 section 4.2) towards the gateway: a default route for half an hour.
+fn advertise(cx: &Context) -> Result<()> {
+    use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+    // The kernel computes the checksum of ICMPv6 (RFC 3542 section 3.1).
+    const ADVERTISEMENT: [u8; 16] = [134, 0, 0, 0, 64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0];
+    cx.topology.router.run(|| {
+        let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6))?;
+        let interface = rustix::net::netdevice::name_to_index(&socket, "gw")?;
+        socket.set_multicast_hops_v6(255)?;
+        socket.set_multicast_if_v6(interface)?;
+        let all_nodes = SocketAddrV6::new("ff02::1".parse()?, 0, 0, interface);
+        socket.send_to(&ADVERTISEMENT, &SockAddr::from(all_nodes))?;
+        Ok(())
+    })
 }
 
 /// What `firezone-gateway-init` of upstream adds (cli-and-service.md section 16.6), said as its own words would be.

@@ -97,7 +97,21 @@ pub static SCENARIOS: &[Scenario] = &[
         firewall::operator,
     )
     .once(),
-    scenario("network set-up: what is missing is said once", direct::plan, 60, firewall::missing).once(),
+    scenario("network set-up: without nft", direct::plan, 30, firewall::without_nft).once(),
+    scenario(
+        "network set-up: settings that cannot be written",
+        direct::plan,
+        30,
+        firewall::read_only_settings,
+    )
+    .once(),
+    scenario(
+        "network set-up: an IPv6 route that a router advertised",
+        dual_stack::plan,
+        30,
+        firewall::advertised_route,
+    )
+    .once(),
     scenario(
         "network set-up: upstream's rules are deleted, and no others",
         direct::plan,

@@ -181,16 +181,8 @@ fn conditions_hold_or_not_or_cannot_be_told() {
     for (text, outbound, inbound) in table {
         let condition: Value = serde_json::from_str(&text).unwrap();
         for (direction, expect) in [(Direction::Outbound, outbound), (Direction::Inbound, inbound)] {
-            let walk = Walk {
-                objects: &[],
-                base: &Value::Null,
-                tun: TUN,
-                other: Some("eth1"),
-                family: Family::V4,
-                direction,
-                unsure: false,
-                named: false,
-            };
+            let rules = HashMap::new();
+            let walk = Walk::new(&rules, TUN, Some("eth1"), Family::V4, direction);
             assert_eq!(walk.condition(&condition), expect, "{direction:?} {text}");
         }
     }
@@ -204,4 +196,19 @@ fn chains_that_call_each_other_end() {
     insert(&mut listed, ("ip", "t", "a"), r#"[{"jump": {"target": "b"}}]"#);
     insert(&mut listed, ("ip", "t", "b"), r#"[{"jump": {"target": "a"}}]"#);
     assert_eq!(found(&listed, &["eth0"]), ["ip t a: out in"]);
+}
+
+#[test]
+fn a_maze_of_chains_is_left_undecided() {
+    let mut listed =
+        vec![serde_json::json!({"chain": {"family": "ip", "table": "t", "name": "c0", "type": "filter",
+        "hook": "forward", "prio": 0, "policy": "drop"}})];
+    // Each chain calls the next one twenty times: 20^15 ways.
+    for level in 0..15 {
+        for _ in 0..20 {
+            let jump = format!(r#"[{{"jump": {{"target": "c{}"}}}}]"#, level + 1);
+            insert(&mut listed, ("ip", "t", &format!("c{level}")), &jump);
+        }
+    }
+    assert_eq!(found(&listed, &["eth0"]), ["ip t c0: out in perhaps"]);
 }
