@@ -1,7 +1,6 @@
 //! What the rules of others do with clients' packets, as far as it can be told from the listing.
 //!
-//! An `accept` in our table ends our chain only: every other chain at the hook `forward` sees the packet too, and can drop it.
-//! So each of them is walked with two packets of a client: its first, on its way out of the tunnel, and an answer; once for
+//! Each chain at the hook `forward` can drop a packet, and no `accept` in another chain prevents it. So each of them is walked with two packets of a client: its first, on its way out of the tunnel, and an answer; once for
 //! each device on the other side. Of these packets the devices, the tunnel's ranges and the state of their connection are known;
 //! what a rule asks besides is [`Truth::Maybe`]. Where a rule that names the tunnel accepts, if only some, somebody has thought
 //! of us and limits clients on purpose: nothing is said.

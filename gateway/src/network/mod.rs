@@ -45,7 +45,7 @@ impl Network {
         let installed = nft::apply(&table::install(tun, &changes)).await;
         match &installed {
             Ok(()) => tracing::info!(
-                "What clients send is forwarded and masqueraded by the nftables table {}",
+                "What clients send to resources is masqueraded by the nftables table {}",
                 table::TABLE
             ),
             Err(e) => tracing::warn!("{}", no_table(e)),

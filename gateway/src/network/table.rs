@@ -1,6 +1,9 @@
-//! The one nftables table that is ours: masquerade for the tunnel ranges, forwarding accepted both ways, and, as comments,
-//! what the daemon has changed elsewhere, so that whoever comes after a crash can put it back. It belongs to the network
-//! namespace and is gone after a reboot, as those changes are.
+//! The one nftables table that is ours: masquerade for the tunnel ranges, and, as comments, what the daemon has changed
+//! elsewhere, so that whoever comes after a crash can put it back. It belongs to the network namespace and is gone after a
+//! reboot, as those changes are.
+//!
+//! There is no chain at the hook `forward`: its `accept` would end itself only, every other chain there still decides (nft(8),
+//! "Verdict statements"), and each packet would pay for it. What others drop is found and said ([`super::foreign`]).
 
 use gateway_proto::addr::{TUNNEL_V4, TUNNEL_V6};
 use serde_json::Value;
@@ -24,11 +27,6 @@ pub fn install(tun: &str, changed: &[Change]) -> String {
         r#"table {TABLE}
 delete table {TABLE}
 table {TABLE} {{
-  chain forward {{
-    type filter hook forward priority filter; policy accept;
-    iifname "{tun}" accept
-    oifname "{tun}" accept
-  }}
   chain postrouting {{
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {TUNNEL_V4} oifname != "{tun}" masquerade
@@ -83,6 +81,7 @@ mod tests {
     #[test]
     fn both_ranges_are_masqueraded_except_into_the_tunnel() {
         let script = install("tun-firezone", &[]);
+        assert!(!script.contains("hook forward"), "{script}");
         for line in [
             r#"ip saddr 100.64.0.0/11 oifname != "tun-firezone" masquerade"#,
             r#"ip6 saddr fd00:2021:1111::/107 oifname != "tun-firezone" masquerade"#,

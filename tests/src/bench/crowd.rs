@@ -30,7 +30,7 @@ use crate::{
     },
     scenario::{
         Context, Variation,
-        lab::{Lab, Options, lan4},
+        lab::{Lab, Launch, Options, lan4},
         swarm::Swarm,
     },
     standins::client::SwarmCommand,
@@ -92,7 +92,10 @@ impl Crowd {
         };
         let napi = bed::threads_everywhere(&cx.topology)?;
         accounting::allow(0, bed::OTHERS_AND_GATEWAY)?;
-        let options = Options { resources: vec![lan4()], expiry: None, ..Options::default() };
+        // By the same rules as in the other rows.
+        cx.topology.prepare_gateway()?;
+        let launch = Launch::default().without_network_setup();
+        let options = Options { resources: vec![lan4()], expiry: None, launch, ..Options::default() };
         let lab = Lab::start(&cx, &options)?;
         let threads = thread_times(lab.gateway.pid(), "worker-");
         ensure!(threads.len() == workers, "the gateway has {} workers instead of {workers}", threads.len());
