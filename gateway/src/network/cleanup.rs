@@ -22,29 +22,32 @@ pub fn run(upstream_rules: bool) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start a runtime")?;
-    let done = if upstream_rules {
-        tokio.block_on(upstream_leftovers())?
-    } else {
-        let _lock = InstanceLock::acquire(TUN_NAME)?;
-        tokio.block_on(our_leftovers())?
-    };
+    if upstream_rules {
+        let deleted = tokio.block_on(upstream::remove());
+        return report(deleted.context("upstream's rules cannot be deleted")?);
+    }
+    let _lock = InstanceLock::acquire(TUN_NAME)?;
+    tokio.block_on(async {
+        let (mut done, removed) = super::remove(None).await;
+        let interface = Interface::new(TUN_NAME)?;
+        done.extend(
+            interface.remove().await.iter().map(|family| format!("Removed the {family:?} routing rule")),
+        );
+        match removed {
+            Ok(()) => report(done),
+            // What was done is worth knowing all the same.
+            Err(e) => {
+                done.iter().for_each(|line| println!("{line}"));
+                Err(e).context("the nftables table cannot be removed")
+            }
+        }
+    })
+}
+
+fn report(done: Vec<String>) -> Result<()> {
     if done.is_empty() {
         println!("There was nothing to remove");
     }
     done.iter().for_each(|line| println!("{line}"));
     Ok(())
-}
-
-async fn our_leftovers() -> Result<Vec<String>> {
-    let mut done = super::remove(None).await.context("the table cannot be removed")?;
-    let interface = Interface::new(TUN_NAME)?;
-    for family in interface.remove().await {
-        done.push(format!("Removed the {family:?} routing rule of {TUN_NAME}"));
-    }
-    Ok(done)
-}
-
-async fn upstream_leftovers() -> Result<Vec<String>> {
-    let deleted = upstream::remove().await.context("upstream's rules cannot be removed")?;
-    Ok(deleted.into_iter().map(|rule| format!("Deleted what was added by: {rule}")).collect())
 }

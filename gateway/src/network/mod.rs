@@ -26,6 +26,8 @@ const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
 /// What has been set up, until [`Network::tear_down`].
 pub struct Network {
     changes: Vec<Change>,
+    /// There is a table of ours.
+    installed: bool,
     watch: JoinHandle<()>,
 }
 
@@ -59,8 +61,9 @@ impl Network {
                 }
             }
         }
-        let watch = tokio::spawn(watch::run(notices, tun, changes.clone(), installed.is_ok()));
-        Self { changes, watch }
+        let installed = installed.is_ok();
+        let watch = tokio::spawn(watch::run(notices, tun, changes.clone(), installed));
+        Self { changes, installed, watch }
     }
 
     /// Removes the table and puts back what was changed.
@@ -68,24 +71,28 @@ impl Network {
         self.watch.abort();
         // It may be making the table again at this moment.
         let _cancelled = self.watch.await;
-        match tokio::time::timeout(REMOVAL_LIMIT, remove(Some(self.changes))).await {
-            Ok(Ok(done)) => done.iter().for_each(|sentence| tracing::info!("{sentence}")),
-            Ok(Err(e)) => tracing::warn!(
+        let Ok((done, removed)) = tokio::time::timeout(REMOVAL_LIMIT, remove(Some(self.changes))).await
+        else {
+            return tracing::warn!(
+                "Removing the network set-up takes longer than {REMOVAL_LIMIT:?}; `firezone-gateway cleanup` finishes it"
+            );
+        };
+        done.iter().for_each(|sentence| tracing::info!("{sentence}"));
+        match removed {
+            Ok(()) => {}
+            Err(e) if self.installed => tracing::warn!(
                 "The nftables table {} stays, because {e}; the next start or `firezone-gateway cleanup` removes it",
                 table::TABLE
             ),
-            Err(_) => tracing::warn!(
-                "Removing the network set-up takes longer than {REMOVAL_LIMIT:?}; `firezone-gateway cleanup` finishes it"
-            ),
+            // What kept it from being made has been said.
+            Err(e) => tracing::debug!("No nftables table is removed, because {e}"),
         }
     }
 }
 
-/// Removes our table, and puts back `changes`, or what the table remembers. Returns what was done, in sentences.
-///
-/// # Errors
-/// If there may be a table and it cannot be removed; the settings are put back all the same.
-async fn remove(changes: Option<Vec<Change>>) -> Result<Vec<String>, nft::Error> {
+/// Removes our table, and puts back `changes`, or what the table remembers. Returns what was done, in sentences, and an error if
+/// there may be a table that cannot be removed; the settings are put back all the same.
+async fn remove(changes: Option<Vec<Change>>) -> (Vec<String>, Result<(), nft::Error>) {
     let mut done = Vec::new();
     let listed = nft::list(Some(table::TABLE)).await;
     let changes = changes.unwrap_or_else(|| table::remembered(listed.as_deref().unwrap_or_default()));
@@ -111,7 +118,7 @@ async fn remove(changes: Option<Vec<Change>>) -> Result<Vec<String>, nft::Error>
             None => done.extend(changes.iter().rev().filter_map(put_back)),
         }
     }
-    removed.map(|_| done)
+    (done, removed.map(drop))
 }
 
 fn put_back(change: &Change) -> Option<String> {

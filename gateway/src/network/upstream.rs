@@ -19,7 +19,7 @@ const NAT_V6: [(&str, &str); 2] = [
 ];
 
 /// Deletes each of those rules once, from whatever kind of iptables holds it; the script never adds one twice. Returns what
-/// was deleted, as one would say it to iptables.
+/// was deleted, in sentences.
 ///
 /// # Errors
 /// If there is no iptables, or it does not work.
@@ -40,7 +40,7 @@ pub async fn remove() -> Result<Vec<String>, nft::Error> {
                     continue;
                 }
                 if delete(&program, table, rule).await? {
-                    deleted.push(format!("{program} -t {table} -A {rule}"));
+                    deleted.push(format!("Deleted what `{program} -t {table} -A {rule}` adds"));
                 }
             }
         }

@@ -111,6 +111,38 @@ pub(super) fn one_capability(cx: &mut Context) -> Result<()> {
     Ok(())
 }
 
+/// CAP_NET_ADMIN by the program's file only: what it starts has no right to nftables. It says so once, and serves.
+pub(super) fn file_capability(cx: &mut Context) -> Result<()> {
+    for_everybody(cx)?;
+    let file = cx.gateway.display().to_string();
+    let gateway = &cx.topology.gateway.namespace;
+    let given = crate::net::process::run(gateway, 2 * SECOND, &["setcap", "cap_net_admin+ep", &file]);
+    if let Err(error) = given.and_then(crate::net::process::Outcome::success) {
+        return Err(Skip(format!("a file cannot be given capabilities: {error:#}")).into());
+    }
+    let mut wrapper = open_tun_device(cx)?;
+    wrapper.extend(words(
+        "setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set=-all,+net_admin --inh-caps=-all \
+         --ambient-caps=-all --",
+    ));
+    let mut lab =
+        Lab::start(cx, &Options { launch: Launch { wrapper, ..Launch::default() }, ..Options::default() })?;
+    lab.expect_warning("AmbientCapabilities=");
+    lab.connect(0, &[lan4(), lan6()])?;
+    let warnings: Vec<String> =
+        lab.gateway.log().lines().filter(|line| line.contains(" WARN ")).map(str::to_owned).collect();
+    ensure!(warnings.len() == 1, "{warnings:?}");
+    ensure!(
+        warnings[0].contains("`nft` is not permitted to; give CAP_NET_ADMIN as an ambient capability"),
+        "{warnings:?}"
+    );
+    ensure!(ping(&cx.topology.clients[0].namespace, LAN_HOST.0.into()).is_err(), "it works all the same");
+    // Forwarding it could turn on itself; masquerading is the operator's now.
+    cx.topology.prepare_gateway()?;
+    ping_both(&cx.topology.clients[0].namespace)?;
+    lab.terminate(3 * SECOND)
+}
+
 /// A wrapper that shows the daemon a /dev/net/tun that everybody may open, as udev makes it; here it may be root's alone.
 fn open_tun_device(cx: &Context) -> Result<Vec<String>> {
     let device = cx.logs.file("tun");

@@ -77,6 +77,8 @@ pub static SCENARIOS: &[Scenario] = &[
     .once(),
     scenario("without CAP_NET_ADMIN: one sentence", direct::plan, 20, start::no_capability).once(),
     scenario("CAP_NET_ADMIN and nothing else, as nobody", direct::plan, 20, start::one_capability),
+    scenario("CAP_NET_ADMIN by the file: nft is not permitted to", direct::plan, 30, start::file_capability)
+        .once(),
     scenario("the token as a systemd credential", direct::plan, 20, start::credential).once(),
     scenario("/readyz before, with and without a portal", direct::plan, 20, start::readiness).once(),
     scenario("a portal with a private certificate authority", direct::plan, 30, start::private_authority)
