@@ -271,6 +271,23 @@ pub(super) fn firewalld(cx: &mut Context) -> Result<()> {
     end_beside_others(cx, lab, 1, false)
 }
 
+/// firewalld comes while the daemon runs: it is noticed, and said with what to do. Then it goes: nothing is left to say.
+pub(super) fn comes_later(cx: &mut Context) -> Result<()> {
+    let mut lab = serve(cx, Launch::default())?;
+    reach(cx)?;
+    ensure!(warnings(&lab).is_empty(), "{:?}", warnings(&lab));
+    lab.expect_warning(" are dropped by ");
+    cx.topology.gateway.namespace.nft(FIREWALLD)?;
+    let said = wait_for("the new firewall to be noticed", NOTICED, || {
+        Ok(Some(warnings(&lab)).filter(|said| !said.is_empty()))
+    })?;
+    ensure!(said.len() == 1 && said[0].contains("inet firewalld (chain filter_FORWARD, a rule"), "{said:?}");
+    ensure!(said[0].contains("--zone=trusted --add-interface=tun-firezone"), "{said:?}");
+    cx.topology.gateway.namespace.nft("delete table inet firewalld\n")?;
+    reach(cx).context("after the firewall went")?;
+    end_beside_others(cx, lab, 1, false)
+}
+
 /// An operator's own table, which drops what it does not name. Later the operator's service begins anew with
 /// `flush ruleset`, which takes our table along: it comes back.
 pub(super) fn operator(cx: &mut Context) -> Result<()> {

@@ -93,6 +93,13 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("network set-up: beside iptables of the older kind", direct::plan, 60, firewall::legacy).once(),
     scenario("network set-up: beside firewalld", direct::plan, 60, firewall::firewalld).once(),
     scenario(
+        "network set-up: a firewall that comes later is noticed",
+        direct::plan,
+        60,
+        firewall::comes_later,
+    )
+    .once(),
+    scenario(
         "network set-up: beside an operator's rules, which are flushed",
         direct::plan,
         90,
