@@ -163,6 +163,13 @@ impl Default for Counters {
     }
 }
 
+impl From<[u64; DropReason::COUNT]> for Counters {
+    /// The opposite of [`Counters::values`].
+    fn from(values: [u64; DropReason::COUNT]) -> Self {
+        Self(values)
+    }
+}
+
 impl Counters {
     /// Counts one packet.
     #[inline]
@@ -186,6 +193,13 @@ impl Counters {
     /// Every reason with a count above zero.
     pub fn iter(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
         DropReason::ALL.iter().map(|r| (*r, self.get(*r))).filter(|(_, n)| *n > 0)
+    }
+
+    /// Every count, in the order of the discriminants.
+    #[inline]
+    #[must_use]
+    pub fn values(&self) -> &[u64; DropReason::COUNT] {
+        &self.0
     }
 
     /// Adds all of `other`.

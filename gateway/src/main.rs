@@ -3,12 +3,14 @@
 mod bpf;
 mod cli;
 mod clock;
+mod condition;
 mod data;
 mod dns;
 mod flow_logs;
 mod health;
 mod identity;
 mod logging;
+mod metrics;
 mod network;
 mod portal;
 mod runtime;
@@ -27,7 +29,7 @@ use crate::{
     health::Readiness,
     network::Network,
     portal::CaFile,
-    runtime::Runtime,
+    runtime::{Runtime, Watched},
 };
 
 // With a clock that stands still no session would ever expire or be renewed.
@@ -157,12 +159,16 @@ fn run(prepared: Prepared) -> Result<()> {
             allowed: prepared.allowed,
         })?;
         let interface = Interface::new(TUN_NAME)?;
-        let dns = dns::start(data::MARK, prepared.dns_listen)?;
+        let dns_stats = Arc::<dns::Stats>::default();
+        let dns = dns::start(data::MARK, prepared.dns_listen, Arc::clone(&dns_stats))?;
         let flow_logs = FlowLogs::start(prepared.flow_logs)?;
-        let readiness = Arc::new(Readiness::default());
-        tokio::spawn(health::serve(prepared.health_check_addr, Arc::clone(&readiness)));
+        let readiness = Arc::new(Readiness::new(Arc::clone(&dns_stats)));
+        let (exporter, asks) = metrics::channel();
+        let server = health::Server::new(Arc::clone(&readiness), exporter);
+        tokio::spawn(server.serve(prepared.health_check_addr));
+        let watched = Watched { readiness, dns: dns_stats, asks };
         let flow_logs = (flow_logs, prepared.log_flows);
-        let runtime = Runtime::new(data, interface, dns, flow_logs, prepared.portal, readiness)?;
+        let runtime = Runtime::new(data, interface, dns, flow_logs, prepared.portal, watched)?;
         // After the last thing that can fail, and where a signal is waited for already: what is set up is removed.
         let network = match prepared.set_up_network {
             true => Some(Network::set_up(TUN_NAME).await),

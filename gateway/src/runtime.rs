@@ -7,8 +7,8 @@ use std::{
     collections::BTreeSet,
     future::pending,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, atomic::Ordering},
-    time::{Duration, Instant},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -21,7 +21,7 @@ use gateway_proto::{
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::{Interval, MissedTickBehavior},
 };
@@ -29,14 +29,16 @@ use tokio::{
 use crate::{
     bpf::LeftOut,
     clock,
+    condition::Condition,
     data::{
-        Closed, DataPlane,
+        Capability, Closed, DataPlane,
         interface::{Families, Interface},
     },
     dns,
     flow_logs::FlowLogs,
     health::Readiness,
     logging::REST,
+    metrics::{Asks, Snapshot},
     portal,
 };
 
@@ -50,11 +52,22 @@ enum Wake {
     Signal(&'static str),
     Portal(Option<portal::Event>),
     Workers(Result<Vec<WorkerEvent>>),
-    Interface(Option<Result<Families>>),
+    Interface(Option<Result<()>>),
     Resolved(Option<(DomainName, Resolved)>),
     Deadline,
     ClockSet,
     Report,
+    Scrape(oneshot::Sender<Box<Snapshot>>),
+}
+
+/// What the loop shares with those who watch it.
+pub struct Watched {
+    /// What is up.
+    pub readiness: Arc<Readiness>,
+    /// What the DNS servers count.
+    pub dns: Arc<dns::Stats>,
+    /// Scrapes.
+    pub asks: Asks,
 }
 
 /// What the loop owns.
@@ -66,7 +79,8 @@ pub struct Runtime {
     interface: InterfaceTask,
     look_ups: dns::LookUps,
     flow_logs: FlowLogs,
-    readiness: Arc<Readiness>,
+    watched: Watched,
+    started: SystemTime,
     clock_steps: clock::Steps,
     interrupt: Signal,
     terminate: Signal,
@@ -88,7 +102,7 @@ impl Runtime {
         (dns, look_ups): (dns::Handle, dns::LookUps),
         (flow_logs, log_flows): (FlowLogs, bool),
         portal: portal::Client,
-        readiness: Arc<Readiness>,
+        watched: Watched,
     ) -> Result<Self> {
         let unix_now = clock::unix_now();
         ensure!(!unix_now.is_zero(), "The system clock is before 1970; set it");
@@ -103,7 +117,7 @@ impl Runtime {
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;
         let (portal, portal_events) = portal.start();
-        let interface = InterfaceTask::spawn(interface, dns);
+        let interface = InterfaceTask::spawn(interface, dns, Arc::clone(&watched.readiness));
         let mut report = tokio::time::interval(REPORT_INTERVAL);
         report.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let reported = Counters::default();
@@ -115,7 +129,8 @@ impl Runtime {
             interface,
             look_ups,
             flow_logs,
-            readiness,
+            watched,
+            started: SystemTime::now(),
             clock_steps,
             interrupt,
             terminate,
@@ -164,7 +179,8 @@ impl Runtime {
                     return Err(e);
                 }
                 Wake::Interface(result) => {
-                    if let Err(e) = self.on_interface(result) {
+                    let ended = || Err(anyhow!("The task that configures the TUN device ended"));
+                    if let Err(e) = result.unwrap_or_else(ended) {
                         break Err(e);
                     }
                 }
@@ -179,6 +195,8 @@ impl Runtime {
                 }
                 Wake::ClockSet => self.control.handle_wall_clock(clock::unix_now(), Instant::now()),
                 Wake::Report => self.report_counters(),
+                // A scrape that gave up is not waited for.
+                Wake::Scrape(reply) => drop(reply.send(Box::new(self.snapshot()))),
             }
         };
         self.shut_down().await;
@@ -195,6 +213,8 @@ impl Runtime {
             event = self.portal_events.recv() => Wake::Portal(event),
             result = self.interface.results.recv() => Wake::Interface(result),
             found = self.look_ups.recv() => Wake::Resolved(found),
+            // Four a second at most, and a flood is when somebody looks.
+            Some(reply) = self.watched.asks.recv() => Wake::Scrape(reply),
             events = self.data.recv() => Wake::Workers(events),
             () = sleep_until(deadline) => Wake::Deadline,
             () = self.clock_steps.next() => Wake::ClockSet,
@@ -224,7 +244,7 @@ impl Runtime {
                 control::Event::IngestToken(attribution) => self.flow_logs.token(attribution),
             }
         }
-        self.readiness.relay_usable.store(self.control.is_relay_usable(), Ordering::Relaxed);
+        self.watched.readiness.relay.set(self.control.is_relay_usable());
     }
 
     fn on_portal(&mut self, event: Option<portal::Event>) -> Result<()> {
@@ -232,13 +252,13 @@ impl Runtime {
         match event.ok_or_else(|| anyhow!("The portal client ended without a reason"))? {
             portal::Event::Connected { generation } => {
                 tracing::debug!(?generation, "Joined the portal's channel");
-                self.readiness.portal_connected.store(true, Ordering::Relaxed);
+                self.watched.readiness.on_portal_joined();
                 self.control.handle_portal_connected(now);
             }
             portal::Event::Ingress(message) => self.control.handle_ingress(message, now),
             portal::Event::Disconnected { reason, retry_in } => {
                 tracing::debug!(?retry_in, "Away from the portal: {reason}");
-                self.readiness.portal_connected.store(false, Ordering::Relaxed);
+                self.watched.readiness.on_portal_failed();
                 self.control.handle_portal_disconnected(now);
             }
             portal::Event::Fatal(e) => return Err(e),
@@ -246,12 +266,26 @@ impl Runtime {
         Ok(())
     }
 
-    fn on_interface(&self, result: Option<Result<Families>>) -> Result<()> {
-        let families = result.ok_or_else(|| anyhow!("The task that configures the TUN device ended"))??;
-        if !self.readiness.interface_up.swap(true, Ordering::Relaxed) {
-            tracing::info!(?families, "Tunnel interface is up");
+    /// For a scrape.
+    fn snapshot(&self) -> Snapshot {
+        let in_use = self.data.in_use();
+        Snapshot {
+            started: self.started,
+            workers: self.data.worker_states(),
+            clients_by_worker: self.control.clients_by_worker().collect(),
+            worker_drops: self.data.counters(),
+            control_drops: self.control.counters(),
+            status: self.control.status(),
+            depths: self.control.depths(),
+            relay_rtts: self.control.relay_rtts().collect(),
+            worker_events_waiting: self.data.events_waiting().0,
+            portal_events_waiting: self.portal_events.len(),
+            flow_logs: self.flow_logs.waiting_and_lost(),
+            dns: Arc::clone(&self.watched.dns),
+            readiness: Arc::clone(&self.watched.readiness),
+            capabilities: Capability::ALL.iter().map(|one| (*one, in_use.has(*one))).collect(),
+            not_steered: self.data.not_steered(),
         }
-        Ok(())
     }
 
     /// What was dropped, by reason, since the last report.
@@ -362,18 +396,18 @@ fn log_flow(flow_logs: &mut FlowLogs, event: WorkerEvent) -> Option<WorkerEvent>
 /// told.
 struct InterfaceTask {
     wanted: watch::Sender<Option<TunnelAddrs>>,
-    results: mpsc::Receiver<Result<Families>>,
+    results: mpsc::Receiver<Result<()>>,
     task: JoinHandle<(Interface, dns::Handle)>,
 }
 
 impl InterfaceTask {
-    fn spawn(mut interface: Interface, dns: dns::Handle) -> Self {
+    fn spawn(mut interface: Interface, dns: dns::Handle, readiness: Arc<Readiness>) -> Self {
         let (wanted, mut changes) = watch::channel::<Option<TunnelAddrs>>(None);
         let (done, results) = mpsc::channel(1);
         let task = tokio::spawn(async move {
             while changes.changed().await.is_ok() {
                 let Some(addrs) = *changes.borrow_and_update() else { continue };
-                if done.send(configure(&mut interface, &dns, addrs).await).await.is_err() {
+                if done.send(configure(&mut interface, &dns, &readiness.tun, addrs).await).await.is_err() {
                     break;
                 }
             }
@@ -391,14 +425,22 @@ impl InterfaceTask {
     }
 }
 
-async fn configure(interface: &mut Interface, dns: &dns::Handle, addrs: TunnelAddrs) -> Result<Families> {
+async fn configure(
+    interface: &mut Interface,
+    dns: &dns::Handle,
+    is_up: &Condition,
+    addrs: TunnelAddrs,
+) -> Result<()> {
     let families = interface.configure(addrs).await?;
+    if !is_up.holds() {
+        tracing::info!(?families, "Tunnel interface is up");
+    }
+    is_up.set(true);
     let own: &[IpAddr] = match families {
         Families::Dual => &[addrs.v4.into(), addrs.v6.into()],
         Families::V4Only => &[addrs.v4.into()],
         Families::V6Only => &[addrs.v6.into()],
     };
     let listen: BTreeSet<SocketAddr> = own.iter().map(|ip| SocketAddr::new(*ip, TUNNEL_DNS_PORT)).collect();
-    dns.listen(listen).await?;
-    Ok(families)
+    dns.listen(listen).await
 }

@@ -12,7 +12,7 @@ use std::sync::{
 use gateway_proto::{Handover, WorkerId, worker::Moved};
 
 use super::{
-    ring::{Consumer, Producer, ring},
+    ring::{Consumer, Level, Producer, ring},
     wake::Wake,
 };
 
@@ -33,7 +33,7 @@ pub fn links(wakes: &[Arc<Wake>]) -> Vec<(Inbox, Outbox)> {
         .map(|me| {
             let inbox = Inbox { me, rings: Vec::with_capacity(count - 1), doors: Arc::clone(&doors) };
             let rings = std::iter::repeat_with(|| None).take(count).collect();
-            (inbox, Outbox { rings, doors: Arc::clone(&doors), news: 0 })
+            (inbox, Outbox { rings, doors: Arc::clone(&doors), news: 0, handed_over: 0, given: 0 })
         })
         .collect();
     for from in 0..count {
@@ -81,6 +81,11 @@ impl Inbox {
     /// The most bytes that ever waited on one of the rings.
     pub fn ring_bytes_most(&self) -> usize {
         self.rings.iter().map(Consumer::most).max().unwrap_or(0)
+    }
+
+    /// For others to see how full the rings are.
+    pub fn levels(&self) -> Vec<Level> {
+        self.rings.iter().map(Consumer::level).collect()
     }
 
     /// Looks how far the rings are and returns the clients that were given before that.
@@ -138,6 +143,8 @@ pub struct Outbox {
     doors: Arc<[Door]>,
     /// One bit for each worker that something was passed to since the last [`Outbox::publish`].
     news: u64,
+    handed_over: u64,
+    given: u64,
 }
 
 const _: () = assert!(gateway_common::maps::MAX_WORKERS <= u64::BITS as usize);
@@ -148,7 +155,14 @@ impl Outbox {
         let to = to.get();
         let Some(Some(ring)) = self.rings.get_mut(to) else { return false };
         self.news |= 1 << to;
-        ring.push(handover)
+        let is_room = ring.push(handover);
+        self.handed_over += u64::from(is_room);
+        is_room
+    }
+
+    /// Packets and clients that were passed to others so far.
+    pub fn passed(&self) -> (u64, u64) {
+        (self.handed_over, self.given)
     }
 
     /// Gives a client to worker `to`, ahead of all that is passed to it from now on.
@@ -158,6 +172,7 @@ impl Outbox {
         mail.push(moved);
         door.any.store(true, Ordering::Release);
         drop(mail);
+        self.given += 1;
         self.news |= 1 << to.get();
     }
 
@@ -202,6 +217,7 @@ mod tests {
         let wakes: Vec<_> = (0..4).map(|_| Arc::new(Wake::new().unwrap())).collect();
         let mut ends = links(&wakes);
         let (mut inbox, _) = ends.remove(0);
+        let levels = inbox.levels();
         let start = Arc::new(Barrier::new(4));
         let writers: Vec<_> = (1..)
             .zip(ends)
@@ -239,6 +255,7 @@ mod tests {
         }
         writers.into_iter().for_each(|writer| writer.join().unwrap());
         assert_eq!(given + inbox.look().len() as u64, 3 * ROUNDS);
+        assert!(levels.iter().all(|level| level.bytes() == 0), "everything was read");
         println!("slept {slept} times");
     }
 
@@ -272,6 +289,7 @@ mod tests {
             }
         }
         outbox.publish();
+        assert_eq!(outbox.passed(), (ROUNDS, ROUNDS));
     }
 
     struct Gives<'a>(&'a mut Outbox);

@@ -19,8 +19,10 @@ pub mod interface;
 pub mod lock;
 pub mod sysctl;
 
+mod busy;
 pub mod capabilities;
 mod coalesce;
+mod figures;
 mod gso;
 mod headers;
 mod links;
@@ -61,12 +63,14 @@ use gateway_proto::{
 use tokio::time::{Interval, MissedTickBehavior};
 use x25519_dalek::StaticSecret;
 
+pub use self::capabilities::{Capability, InUse};
 pub use self::{
     capabilities::Capabilities,
+    figures::Work,
     udp::{BufferSizes, MARK, PORT},
+    worker_thread::WorkerState,
 };
 use self::{
-    capabilities::{Capability, InUse},
     links::links,
     queue::{Commands, Events},
     steering::Steering,
@@ -109,6 +113,7 @@ pub struct DataPlane {
     steering: Option<Steering<bpf::Steering>>,
     /// Nothing brings datagrams to the owner of their client.
     by_arrival: bool,
+    in_use: InUse,
     watch: Interval,
     /// What [`DataPlane::transmit`] could not send.
     drops: AtomicU64,
@@ -175,6 +180,7 @@ impl DataPlane {
             workers: threads,
             steering,
             by_arrival: workers > 1 && !in_use.has(Capability::ReuseportSteering),
+            in_use,
             watch,
             drops: AtomicU64::new(0),
         })
@@ -247,6 +253,16 @@ impl DataPlane {
     /// What each worker carried so far.
     pub fn traffic(&self) -> impl Iterator<Item = (WorkerId, Traffic)> {
         self.workers.iter().map(|worker| (worker.id(), worker.traffic()))
+    }
+
+    /// How each worker is.
+    pub fn worker_states(&self) -> Vec<WorkerState> {
+        self.workers.iter().map(WorkerThread::state).collect()
+    }
+
+    /// What of the kernel's batching and steering is in use.
+    pub fn in_use(&self) -> &InUse {
+        &self.in_use
     }
 
     /// Reports about flows that found no room on their way from the workers so far.

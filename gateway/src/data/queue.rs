@@ -54,6 +54,11 @@ impl Commands {
         pending.take(into);
     }
 
+    /// How many wait.
+    pub fn waiting(&self) -> usize {
+        lock(&self.pending).at.len()
+    }
+
     /// The most that ever waited at once: at most one for each client, channel and kind.
     pub fn most(&self) -> usize {
         lock(&self.pending).most
@@ -272,9 +277,10 @@ mod tests {
             queue.send(client(u128::from(i % 10)));
         }
         assert!(lock(&queue.pending).order.len() <= 64);
+        assert_eq!(queue.waiting(), 10);
         let mut out = Vec::new();
         queue.drain(&mut out);
-        assert_eq!(queue.most(), 10);
+        assert_eq!((queue.waiting(), queue.most()), (0, 10));
         assert_eq!(
             out.iter().map(brief).collect::<Vec<_>>(),
             (0..10).map(|i| format!("client {i}")).collect::<Vec<_>>()

@@ -158,9 +158,27 @@ impl Consumer {
         self.most
     }
 
+    /// For others to see how full it is.
+    pub fn level(&self) -> Level {
+        Level(Arc::clone(&self.shared))
+    }
+
     /// Whether anything is published that was not read.
     pub fn is_waiting(&self) -> bool {
         self.shared.published.0.load(Ordering::Acquire) != self.head
+    }
+}
+
+/// How full a ring is, seen by neither of its ends.
+pub struct Level(Arc<Shared>);
+
+impl Level {
+    /// Bytes that are published and whose room is not free again, heads included.
+    pub fn bytes(&self) -> usize {
+        let released = self.0.released.0.load(Ordering::Relaxed);
+        // The two are of two moments: what was read meanwhile must not look like the whole address space.
+        let waiting = self.0.published.0.load(Ordering::Relaxed).wrapping_sub(released);
+        waiting.min(self.0.capacity)
     }
 }
 

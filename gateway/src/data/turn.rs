@@ -28,6 +28,7 @@ use gateway_proto::{
 
 use super::{
     coalesce::Writer,
+    figures::Work,
     gso::Outlet,
     links::{Inbox, Outbox},
     poller::{Poller, Ready},
@@ -91,9 +92,12 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
     }
     let mut spilled: Vec<WorkerEvent> = Vec::new();
     let mut reports_lost = 0;
+    let (mut busy, mut ended) = (Duration::ZERO, now);
     loop {
-        let ready = sleep(&mut poller, &turn.inbox, &turn.out, turn.deadline())?;
+        let ready = sleep(&mut poller, &turn.inbox, &turn.out, turn.deadline(), ended)?;
         shared.begin_turn();
+        let began = Instant::now();
+        turn.out.now = began;
         turn.take(&ready, tun)?;
         spilled.extend(std::iter::from_fn(|| turn.core.poll_event()));
         let refused = events.push(spilled.drain(..));
@@ -101,7 +105,10 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
         reports_lost += refused.reports;
         let mut traffic = turn.core.traffic();
         traffic.flow_reports_lost += reports_lost;
-        shared.end_turn(turn.core.counters_mut(), traffic);
+        let (handed_over, given) = turn.out.outbox.passed();
+        ended = Instant::now();
+        busy += ended - began;
+        shared.end_turn(turn.core.counters_mut(), &traffic, Work { busy, handed_over, given });
         if turn.orders.shut_down {
             turn.out.linger(Duration::from_millis(500));
             turn.say_how_it_ends(id);
@@ -198,19 +205,20 @@ impl Core for Worker {
     }
 }
 
-/// Sleeps until something is to be done. A socket's writability is only waited for while its outlet is blocked.
+/// Sleeps until something is to be done; `now` is when the turn before ended. A socket's writability is only waited for while its outlet is blocked.
 fn sleep(
     poller: &mut Poller,
     inbox: &Inbox,
     out: &Outgoing<'_>,
     deadline: Option<Instant>,
+    now: Instant,
 ) -> io::Result<Ready> {
     for outlet in [&out.v4, &out.v6].into_iter().flatten() {
         poller.wait_for_room(outlet.socket(), outlet.is_blocked())?;
     }
     let limit = match inbox.fall_asleep() {
         true => Some(Duration::ZERO),
-        false => deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())),
+        false => deadline.map(|deadline| deadline.saturating_duration_since(now)),
     };
     let limit = match &out.fast {
         Some(fast) if fast.is_waiting() => Some(limit.map_or(MIN_SLEEP, |limit| limit.min(MIN_SLEEP))),
@@ -280,7 +288,6 @@ impl<C: Core> Turn<'_, C> {
     }
 
     fn take(&mut self, ready: &Ready, tun: &Tun) -> Result<()> {
-        self.out.now = Instant::now();
         if ready.called {
             self.orders.commands.wake().clear();
         }

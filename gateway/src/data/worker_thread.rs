@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -14,15 +14,40 @@ use gateway_common::Counters;
 use gateway_proto::{Command, WorkerId, worker::Traffic};
 
 use super::{
+    busy::Window,
+    figures::{Figures, Work},
     queue::{Commands, Events},
+    ring::Level,
     turn::{Core, Seat, run},
 };
+
+/// What an operator may want to know of a worker. Everything but the last three grows only.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WorkerState {
+    /// Which one it is.
+    pub id: WorkerId,
+    /// What it carried.
+    pub traffic: Traffic,
+    /// What else it did.
+    pub work: Work,
+    /// Turns that it ended: how often it woke, or went on without sleep.
+    pub turns: u64,
+    /// The share of the last 10 s, from 0 to 1, in which it did not sleep.
+    pub busy_share: f64,
+    /// Commands that it has not seen.
+    pub commands_waiting: usize,
+    /// Bytes that other workers passed to it and it has not read.
+    pub handover_bytes_waiting: usize,
+}
 
 /// Control's view of the thread.
 pub struct WorkerThread {
     id: WorkerId,
     commands: Arc<Commands>,
+    /// Of the rings that others pass packets to it by.
+    levels: Vec<Level>,
     shared: Arc<Shared>,
+    busy: Window,
     thread: Option<JoinHandle<Result<()>>>,
     /// The turn that the last look found under way, and how many looks found the same.
     seen: (u64, u32),
@@ -39,13 +64,14 @@ impl WorkerThread {
     /// It cannot be created.
     pub fn spawn(core: impl Core, seat: Seat) -> Result<Self> {
         let shared = Arc::new(Shared::default());
-        let (id, commands) = (seat.id, Arc::clone(&seat.commands));
+        let (id, commands, levels) = (seat.id, Arc::clone(&seat.commands), seat.inbox.levels());
         let ended = Ended { shared: shared.clone(), events: seat.events.clone() };
         let thread = std::thread::Builder::new()
             .name(format!("worker-{id}"))
             .spawn(move || run(core, seat, &ended.shared))
             .with_context(|| format!("Failed to start the thread of worker {id}"))?;
-        Ok(Self { id, commands, shared, thread: Some(thread), seen: (0, 0) })
+        let busy = Window::new(Instant::now());
+        Ok(Self { id, commands, levels, shared, busy, thread: Some(thread), seen: (0, 0) })
     }
 
     /// Which one it is.
@@ -76,6 +102,7 @@ impl WorkerThread {
     /// # Errors
     /// The thread works on one batch for 2 s.
     pub fn check_stalled(&mut self) -> Result<()> {
+        self.busy.note(self.shared.figures.work().busy, Instant::now());
         let turn = self.shared.turn.load(Ordering::Acquire);
         let (seen, looks) = &mut self.seen;
         if turn.is_multiple_of(2) || turn != *seen {
@@ -94,12 +121,26 @@ impl WorkerThread {
 
     /// Drops by reason, as of the last turn.
     pub fn counters(&self) -> Counters {
-        self.shared.figures().counters.clone()
+        self.shared.figures.drops()
     }
 
     /// Volumes, as of the last turn.
     pub fn traffic(&self) -> Traffic {
-        self.shared.figures().traffic
+        self.shared.figures.traffic()
+    }
+
+    /// How it is, as of the last turn.
+    pub fn state(&self) -> WorkerState {
+        let work = self.shared.figures.work();
+        WorkerState {
+            id: self.id,
+            traffic: self.traffic(),
+            work,
+            busy_share: self.busy.share(work.busy, Instant::now()),
+            turns: self.shared.turn.load(Ordering::Relaxed) / 2,
+            commands_waiting: self.commands.waiting(),
+            handover_bytes_waiting: self.levels.iter().map(Level::bytes).sum(),
+        }
     }
 
     /// Waits for the thread, which ends after [`Command::Shutdown`].
@@ -141,13 +182,7 @@ pub struct Shared {
     /// Everything is sent; what follows is closing.
     said_all: AtomicBool,
     ended: AtomicBool,
-    figures: Mutex<Figures>,
-}
-
-#[derive(Default)]
-struct Figures {
-    counters: Counters,
-    traffic: Traffic,
+    figures: Figures,
 }
 
 impl Shared {
@@ -162,16 +197,9 @@ impl Shared {
     }
 
     /// The thread has done it; this is what it did since it began.
-    pub fn end_turn(&self, counters: &Counters, traffic: Traffic) {
-        let mut figures = self.figures();
-        figures.counters.clone_from(counters);
-        figures.traffic = traffic;
-        drop(figures);
+    pub fn end_turn(&self, counters: &Counters, traffic: &Traffic, work: Work) {
+        self.figures.store(counters, traffic, work);
         self.turn.fetch_add(1, Ordering::Release);
-    }
-
-    fn figures(&self) -> MutexGuard<'_, Figures> {
-        self.figures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -14,6 +14,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,6 +23,7 @@ use hickory_proto::op::ResponseCode;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
+    latency::{Purpose, Verdict},
     limits::{Limits, Over},
     message::{Answer, Query, UDP_MINIMUM},
     nameservers::Set,
@@ -43,7 +45,7 @@ const FETCH_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Forwarder {
     /// Counters.
-    pub stats: Stats,
+    pub stats: Arc<Stats>,
     upstream: Upstream,
     nameservers: RefCell<Rc<Set>>,
     limits: RefCell<Limits>,
@@ -58,9 +60,9 @@ pub struct Permit {
 
 impl Forwarder {
     /// Without nameservers: every answer is SERVFAIL. `mark` is SO_MARK of the sockets towards nameservers.
-    pub fn new(mark: Option<u32>) -> Rc<Self> {
+    pub fn new(mark: Option<u32>, stats: Arc<Stats>) -> Rc<Self> {
         Rc::new(Self {
-            stats: Stats::default(),
+            stats,
             upstream: Upstream::new(mark),
             nameservers: RefCell::new(Set::new(Vec::new())),
             limits: RefCell::default(),
@@ -172,8 +174,11 @@ impl Forwarder {
 impl Permit {
     /// The answer for the client: a nameserver's, or SERVFAIL. Takes 5 s at most.
     pub async fn forward(self, query: &Query, came_over: Transport) -> Vec<u8> {
-        let stats = &self.forwarder.stats;
-        let Some(answer) = self.forwarder.resolve(query, came_over).await else {
+        let (stats, began) = (&self.forwarder.stats, Instant::now());
+        let answer = self.forwarder.resolve(query, came_over).await;
+        let verdict = answer.as_ref().map_or(Verdict::Failed, |answer| answer.code().into());
+        stats.latencies.note(Purpose::Client, query.kind().into(), verdict, began.elapsed());
+        let Some(answer) = answer else {
             stats.count(Count::Failed);
             return query.error(ResponseCode::ServFail);
         };

@@ -115,6 +115,11 @@ impl Query {
         encode(&self.reply(code))
     }
 
+    /// What it asks for.
+    pub fn kind(&self) -> RecordType {
+        self.question().query_type()
+    }
+
     fn reply(&self, code: ResponseCode) -> Message {
         let mut reply = Message::response(self.message.metadata.id, OpCode::Query);
         reply.metadata.recursion_desired = self.message.metadata.recursion_desired;

@@ -17,6 +17,7 @@
 
 mod connections;
 mod forward;
+mod latency;
 mod limits;
 mod message;
 mod nameservers;
@@ -49,8 +50,11 @@ use self::{
     forward::Forwarder,
     resolver::Resolver,
     server::Server,
-    stats::Count,
     system::{Hosts, ResolvConf, Watched},
+};
+pub use self::{
+    latency::{BOUNDS_MS, Kind, Purpose, Verdict},
+    stats::{Count, Stats},
 };
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -95,11 +99,11 @@ pub struct LookUps {
 
 /// Starts the thread, with servers on the `further` addresses only; where they cannot listen is told once, and tried
 /// again every 5 s. It belongs to the network namespace of the calling thread; sockets towards nameservers get SO_MARK
-/// `mark`.
+/// `mark`. What happens is counted in `stats`.
 ///
 /// # Errors
 /// There is no thread or no event queue to be had.
-pub fn start(mark: u32, further: BTreeSet<SocketAddr>) -> Result<(Handle, LookUps)> {
+pub fn start(mark: u32, further: BTreeSet<SocketAddr>, stats: Arc<Stats>) -> Result<(Handle, LookUps)> {
     raise_file_limit();
     let (orders, arriving) = mpsc::unbounded_channel();
     let (end, ended) = oneshot::channel();
@@ -114,7 +118,7 @@ pub fn start(mark: u32, further: BTreeSet<SocketAddr>) -> Result<(Handle, LookUp
         .spawn(move || {
             // Packets first. Of the calling thread, on Linux; being refused is no harm.
             let _ = rustix::process::nice(NICE);
-            LocalSet::new().block_on(&tokio, run(mark, further, arriving, asked, found));
+            LocalSet::new().block_on(&tokio, run(mark, further, stats, arriving, asked, found));
             // Nobody waits for it where the daemon ends in a hurry.
             let _ = end.send(());
         })
@@ -184,11 +188,12 @@ impl LookUps {
 async fn run(
     mark: u32,
     further: BTreeSet<SocketAddr>,
+    stats: Arc<Stats>,
     mut orders: mpsc::UnboundedReceiver<Listen>,
     mut names: mpsc::UnboundedReceiver<DomainName>,
     found: mpsc::UnboundedSender<(DomainName, Resolved)>,
 ) {
-    let forwarder = Forwarder::new(Some(mark));
+    let forwarder = Forwarder::new(Some(mark), stats);
     // Until the file is read.
     forwarder.set_nameservers(ResolvConf::parse("").servers().to_vec());
     let resolver = Arc::new(Resolver::new(Some(mark), resolver::LIMIT));
@@ -230,13 +235,17 @@ async fn look_up(
     found: mpsc::UnboundedSender<(DomainName, Resolved)>,
 ) {
     // As a task of its own, so that there is an answer whatever happens in it.
-    let asked = name.clone();
+    let (asked, began) = (name.clone(), Instant::now());
     let resolved = spawn_local(async move { resolver.look_up(&asked).await }).await;
     let resolved = resolved.unwrap_or_else(|e| {
         tracing::warn!("A look-up ended by an error of its own: {e}");
         Resolved { v4: Lookup::Failed, v6: Lookup::Failed }
     });
     let (v4, v6) = (&resolved.v4, &resolved.v6);
+    let latencies = &forwarder.stats.latencies;
+    // Both families together, for the answer waits for both.
+    latencies.note(Purpose::Resource, Kind::A, verdict(v4), began.elapsed());
+    latencies.note(Purpose::Resource, Kind::Aaaa, verdict(v6), began.elapsed());
     forwarder.stats.count(Count::LookUps);
     if *v4 == Lookup::Failed || *v6 == Lookup::Failed {
         forwarder.stats.count(Count::LookUpsFailed);
@@ -246,6 +255,15 @@ async fn look_up(
     }
     // Who asked may be gone by now, at the end of the daemon.
     let _ = found.send((name, resolved));
+}
+
+fn verdict<A>(lookup: &Lookup<A>) -> Verdict {
+    match lookup {
+        Lookup::Answer(ips) if ips.is_empty() => Verdict::Empty,
+        Lookup::Answer(_) => Verdict::NoError,
+        Lookup::Failed => Verdict::Failed,
+        Lookup::TimedOut => Verdict::TimedOut,
+    }
 }
 
 /// What the machine says about names.
@@ -310,6 +328,9 @@ impl Servers {
         let further = &self.further;
         let is_stale =
             |server: &mut Server| !addresses.contains(&server.local()) && !further.contains(&server.local());
+        if self.wanted != *addresses {
+            self.forwarder.stats.listening.set(false);
+        }
         for stale in self.udp.extract_if(.., is_stale) {
             tracing::debug!(address = %stale.local(), "The DNS servers move away");
             stale.close().await;
@@ -330,7 +351,17 @@ impl Servers {
                 }
             }
         }
+        self.tell();
         Ok(())
+    }
+
+    /// Says whether the servers are there.
+    fn tell(&self) {
+        let is_there = |address: &SocketAddr| {
+            [&self.udp, &self.tcp].iter().all(|servers| servers.iter().any(|s| s.local() == *address))
+        };
+        let listening = !self.wanted.is_empty() && self.wanted.iter().all(is_there);
+        self.forwarder.stats.listening.set(listening);
     }
 
     /// One query that brings a server down must not end the service.
@@ -358,6 +389,7 @@ impl Servers {
                 Err(e) => tracing::debug!("{e:#}"),
             }
         }
+        self.tell();
     }
 
     /// What is bound already stays so.

@@ -1,6 +1,9 @@
-//! What the DNS servers count. One thread counts, so that plain cells do; the log gets what changed.
+//! What the DNS servers count: one thread counts, any may read. The log gets what changed.
 
-use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::latency::Latencies;
+use crate::condition::Condition;
 
 /// What is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,31 +67,33 @@ const COUNTS: [(Count, &str); 18] = [
     (Count::LookUpsTimedOut, "look-ups timed out"),
 ];
 
-/// The counters.
+/// The counters, how long answers took, and whether the servers are there.
 #[derive(Debug, Default)]
 pub struct Stats {
-    now: [Cell<u64>; COUNTS.len()],
-    reported: [Cell<u64>; COUNTS.len()],
+    /// They listen on every address of the tunnel.
+    pub listening: Condition,
+    /// Until the answer was there, whatever it was.
+    pub latencies: Latencies,
+    now: [AtomicU64; COUNTS.len()],
+    reported: [AtomicU64; COUNTS.len()],
 }
 
 impl Stats {
     /// One more.
     pub fn count(&self, what: Count) {
-        let cell = &self.now[what as usize];
-        cell.set(cell.get() + 1);
+        self.now[what as usize].fetch_add(1, Relaxed);
     }
 
     /// How many there were since the start.
-    #[cfg(test)]
     pub fn get(&self, what: Count) -> u64 {
-        self.now[what as usize].get()
+        self.now[what as usize].load(Relaxed)
     }
 
     /// Writes to the log what changed since the last call.
     pub fn report(&self) {
         for (what, label) in COUNTS {
-            let total = self.now[what as usize].get();
-            let before = self.reported[what as usize].replace(total);
+            let total = self.get(what);
+            let before = self.reported[what as usize].swap(total, Relaxed);
             if total > before {
                 tracing::debug!(what = label, count = total - before, total, "DNS servers");
             }

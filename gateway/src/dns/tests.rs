@@ -42,7 +42,7 @@ async fn what_did_not_change_is_not_touched() {
         .run_until(async {
             let port = free_port();
             let [one, two, three] = [1, 2, 3].map(|last| address(last, port));
-            let mut servers = Servers::new(Forwarder::new(None), BTreeSet::new());
+            let mut servers = Servers::new(Forwarder::new(None, Arc::default()), BTreeSet::new());
             servers.listen(&BTreeSet::from([one, two])).await.unwrap();
             let mut to_one = TcpStream::connect(one).await.unwrap();
             let mut to_two = TcpStream::connect(two).await.unwrap();
@@ -69,7 +69,7 @@ async fn an_address_that_comes_late_is_waited_for_and_one_that_is_not_there_is_n
             let port = free_port();
             let (free, taken) = (address(4, port), address(5, port));
             let holder = UdpSocket::bind(taken).unwrap();
-            let mut servers = Servers::new(Forwarder::new(None), BTreeSet::new());
+            let mut servers = Servers::new(Forwarder::new(None, Arc::default()), BTreeSet::new());
             let both = BTreeSet::from([free, taken]);
             let later = async {
                 tokio::time::sleep(BIND_PAUSE * 3 / 2).await;
@@ -92,8 +92,11 @@ async fn a_server_that_died_comes_back() {
     LocalSet::new()
         .run_until(async {
             let own = address(6, free_port());
-            let mut servers = Servers::new(Forwarder::new(None), BTreeSet::new());
+            let mut servers = Servers::new(Forwarder::new(None, Arc::default()), BTreeSet::new());
+            let stats = Arc::clone(&servers.forwarder.stats);
+            assert!(!stats.listening.holds());
             servers.listen(&BTreeSet::from([own])).await.unwrap();
+            assert!(stats.listening.holds());
             servers.revive();
             assert_eq!((servers.udp.len(), servers.tcp.len()), (1, 1), "nothing to do");
             servers.udp.remove(0).close().await;
@@ -113,7 +116,8 @@ async fn further_addresses_are_served_when_they_come_and_outlive_the_tunnels() {
             let port = free_port();
             let [own, here, late] = [7, 8, 9].map(|last| address(last, port));
             let holder = UdpSocket::bind(late).unwrap();
-            let mut servers = Servers::new(Forwarder::new(None), BTreeSet::from([here, late]));
+            let mut servers =
+                Servers::new(Forwarder::new(None, Arc::default()), BTreeSet::from([here, late]));
             servers.revive();
             assert_eq!(servers.missing, BTreeSet::from([late]));
             let mut to_here = TcpStream::connect(here).await.unwrap();
@@ -126,6 +130,7 @@ async fn further_addresses_are_served_when_they_come_and_outlive_the_tunnels() {
             assert_eq!(servers.missing, BTreeSet::new());
             servers.listen(&BTreeSet::new()).await.unwrap();
             assert!(asks_udp(late).await && !asks_udp(own).await && asks_tcp(&mut to_here).await);
+            assert!(!servers.forwarder.stats.listening.holds(), "none of the tunnel's is served");
         })
         .await;
 }
@@ -139,7 +144,8 @@ async fn look_ups_go_by_the_files_as_they_are_now() {
         std::fs::write(&new, text).unwrap();
         std::fs::rename(new, file).unwrap();
     };
-    let (forwarder, resolver) = (Forwarder::new(None), Arc::new(Resolver::new(None, Duration::from_secs(1))));
+    let (forwarder, resolver) =
+        (Forwarder::new(None, Arc::default()), Arc::new(Resolver::new(None, Duration::from_secs(1))));
     let mut files = Files::new(&conf, &hosts);
     // There are none yet.
     files.look(&forwarder, &resolver);
@@ -179,7 +185,8 @@ async fn look_ups_go_by_the_files_as_they_are_now() {
 #[tokio::test]
 async fn look_ups_are_counted_by_how_they_end() {
     // A limit that nobody can keep; the hosts file needs no time.
-    let (forwarder, resolver) = (Forwarder::new(None), Arc::new(Resolver::new(None, Duration::ZERO)));
+    let (forwarder, resolver) =
+        (Forwarder::new(None, Arc::default()), Arc::new(Resolver::new(None, Duration::ZERO)));
     resolver.set_hosts(Hosts::parse("10.0.0.1 git.test\n2001:db8::1 git.test\n"));
     LocalSet::new()
         .run_until(async {
@@ -199,7 +206,7 @@ async fn look_ups_are_counted_by_how_they_end() {
 #[tokio::test]
 async fn the_thread_answers_each_name_once_and_says_when_it_ends() {
     // Of this machine's files; nobody is asked for these (RFC 6761), so that nothing is sent and no right is needed.
-    let (handle, mut look_ups) = start(crate::data::MARK, BTreeSet::new()).unwrap();
+    let (handle, mut look_ups) = start(crate::data::MARK, BTreeSet::new(), Arc::default()).unwrap();
     let names = ["localhost", "a.localhost", "b.localhost"].map(|name| DomainName::parse(name).unwrap());
     names.iter().for_each(|name| look_ups.resolve(name.clone()));
     let mut answered = Vec::new();

@@ -164,6 +164,11 @@ impl FlowLogs {
         self.order(Order::Settings(settings), ORDERS);
     }
 
+    /// Orders that wait to be written, and those that were lost for want of room.
+    pub fn waiting_and_lost(&self) -> (usize, u64) {
+        (self.waiting.load(Ordering::Relaxed), self.lost.number)
+    }
+
     /// Ends both threads; waits until all reports are written, five seconds at most.
     pub async fn close(self) {
         drop(self.orders);

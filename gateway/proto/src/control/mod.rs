@@ -391,6 +391,16 @@ impl Control {
         self.placement.home(client)
     }
 
+    /// Clients of each worker, in the order of the workers; who is on the way counts where it goes to.
+    pub fn clients_by_worker(&self) -> impl Iterator<Item = usize> + '_ {
+        self.placement.clients()
+    }
+
+    /// Smoothed round-trip times of the relays that have answered.
+    pub fn relay_rtts(&self) -> impl Iterator<Item = (RelayId, Duration)> + '_ {
+        self.shared.relays.rtts()
+    }
+
     /// How things are. Looks at every client: not for each packet.
     #[must_use]
     pub fn status(&self) -> Status {

@@ -76,6 +76,11 @@ impl Placement {
         self.places.len() + self.left.len()
     }
 
+    /// Clients of each worker, those on their way to it included.
+    pub(super) fn clients(&self) -> impl Iterator<Item = usize> + '_ {
+        self.loads.iter().map(|load| load.all)
+    }
+
     /// Control knows the client from now on. One that has a home keeps it.
     pub(super) fn enter(&mut self, id: ClientId) {
         if self.places.contains_key(&id) {

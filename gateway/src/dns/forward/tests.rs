@@ -1,5 +1,7 @@
 //! Queries against nameservers that behave in all the ways that nameservers do, on loopback.
 
+use std::sync::Arc;
+
 use hickory_proto::{
     op::{Edns, Message, MessageType, OpCode, Query as Question},
     rr::{Name, RData, Record, RecordType, rdata::TXT},
@@ -156,7 +158,7 @@ async fn the_second_query_does_not_wait_for_the_dead() {
 #[tokio::test]
 async fn a_client_over_its_limit_is_refused_until_answers_come() {
     use crate::dns::limits::{IN_FLIGHT, IN_FLIGHT_PER_CLIENT};
-    let forwarder = Forwarder::new(None);
+    let forwarder = Forwarder::new(None, Arc::default());
     let client = |last: u16| IpAddr::from([100, 64, last.to_be_bytes()[0], last.to_be_bytes()[1]]);
     let mut permits: Vec<Permit> =
         (0..IN_FLIGHT_PER_CLIENT).map(|_| forwarder.admit(client(1)).unwrap()).collect();
@@ -211,7 +213,7 @@ pub fn query(edns: Option<u16>) -> Query {
 }
 
 async fn forwarder(servers: &[Habit]) -> Rc<Forwarder> {
-    let forwarder = Forwarder::new(None);
+    let forwarder = Forwarder::new(None, Arc::default());
     let mut addresses = Vec::new();
     for habit in servers {
         addresses.push(nameserver(*habit).await);

@@ -1,5 +1,7 @@
 //! Conversations over an in-memory pipe with a clock that jumps, and servers on loopback.
 
+use std::sync::Arc;
+
 use hickory_proto::op::{Message, ResponseCode};
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use tokio::{
@@ -96,7 +98,7 @@ async fn all_queries_of_a_stream_are_answered() {
 async fn the_longest_idle_connection_makes_room() {
     LocalSet::new()
         .run_until(async {
-            let forwarder = Forwarder::new(None);
+            let forwarder = Forwarder::new(None, Arc::default());
             let open: Open = Rc::new(RefCell::new(Connections::new()));
             let server = bind("127.0.0.1:0".parse().unwrap(), Rc::clone(&forwarder), open).unwrap();
             let query = framed(&forward::tests::query(None).with_id(1));
@@ -129,7 +131,7 @@ async fn is_served(stream: &mut TcpStream, query: &[u8]) -> bool {
 /// A client's end of a pipe that holds `space` bytes each way, and the server's side of it.
 fn converse(space: usize) -> ((ReadHalf<DuplexStream>, WriteHalf<DuplexStream>), impl Future<Output = End>) {
     let (client, server) = duplex(space);
-    let forwarder = Forwarder::new(None);
+    let forwarder = Forwarder::new(None, Arc::default());
     let open = Rc::new(RefCell::new(Connections::new()));
     let address = "100.64.0.1:1".parse().unwrap();
     let conversation = async move {
