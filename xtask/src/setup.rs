@@ -35,6 +35,13 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("wireguard-tools", "wg", "setting up the peers in the benchmark"),
 ];
 
+/// Debian package, a module of Debian's own Python in it by which it is recognised, what we use it for.
+const MODULES: &[(&str, &str, &str)] = &[(
+    "python3-prometheus-client",
+    "prometheus_client.openmetrics.parser",
+    "reading the gateway's metrics as Prometheus does",
+)];
+
 /// Their packages start these at installation and at every boot; the tests start their own in namespaces.
 const SERVICES: &[(&str, &str)] = &[("coturn", "coturn"), ("nginx-light", "nginx")];
 
@@ -138,6 +145,12 @@ fn missing() -> Vec<Missing> {
     }
     for (package, program, why) in PROGRAMS {
         if !has(program) {
+            missing.push(Missing::Package(package, why));
+        }
+    }
+    for (package, module, why) in MODULES {
+        let probe = format!("import {module}");
+        if run::output(run::command("/usr/bin/python3").args(["-c", &probe])).is_none() {
             missing.push(Missing::Package(package, why));
         }
     }

@@ -63,10 +63,10 @@ use gateway_proto::{
 use tokio::time::{Interval, MissedTickBehavior};
 use x25519_dalek::StaticSecret;
 
-pub use self::capabilities::{Capability, InUse};
+#[cfg(test)]
+pub use self::figures::Work;
 pub use self::{
-    capabilities::Capabilities,
-    figures::Work,
+    capabilities::{Capabilities, Capability, InUse},
     udp::{BufferSizes, MARK, PORT},
     worker_thread::WorkerState,
 };

@@ -38,7 +38,7 @@ const LONG: usize = 12;
 /// SRV and TXT over both transports and families, an answer that is too long for UDP, and queries that are none.
 pub(super) fn queries(cx: &mut Context) -> Result<()> {
     let _first = Nameserver::start(cx, "names", PORTAL, "hello")?;
-    let (mut lab, own) = start(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
+    let (mut lab, own) = start_with_nameserver(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
     let client = &cx.topology.clients[0].namespace;
     for server in own {
         for transport in ["+notcp", "+tcp"] {
@@ -83,7 +83,7 @@ pub(super) fn queries(cx: &mut Context) -> Result<()> {
 /// The portal sends the same addresses again, twice: the servers and their connections do not notice.
 pub(super) fn connection_stays(cx: &mut Context) -> Result<()> {
     let _first = Nameserver::start(cx, "names", PORTAL, "hello")?;
-    let (lab, own) = start(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
+    let (lab, own) = start_with_nameserver(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
     let client = &cx.topology.clients[0].namespace;
     let mut streams = Vec::new();
     for server in own {
@@ -116,7 +116,7 @@ pub(super) fn failover(cx: &mut Context) -> Result<()> {
     cx.topology.portal.namespace.ip_batch(&[format!("addr add {OTHER}/26 dev eth0")])?;
     let mut second = Nameserver::start(cx, "names-2", OTHER, "second")?;
     let file = ResolvConf::new(cx, &[PORTAL, OTHER])?;
-    let (mut lab, [v4, v6]) = start(cx, &file)?;
+    let (mut lab, [v4, v6]) = start_with_nameserver(cx, &file)?;
     let client = &cx.topology.clients[0].namespace;
     let ask = |server, transport: &str| -> Result<(String, Duration)> {
         let asked = Instant::now();
@@ -166,7 +166,7 @@ pub(super) fn failover(cx: &mut Context) -> Result<()> {
 /// One client asks as fast as it can: it is refused what is too much, the other client and its pings do not notice.
 pub(super) fn flood(cx: &mut Context) -> Result<()> {
     let _first = Nameserver::start(cx, "names", PORTAL, "hello")?;
-    let (mut lab, own) = start(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
+    let (mut lab, own) = start_with_nameserver(cx, &ResolvConf::new(cx, &[PORTAL])?)?;
     lab.connect(1, &[lan4(), lan6()])?;
     let [greedy, other] = [0, 1].map(|index| &cx.topology.clients[index].namespace);
     route(other, own)?;
@@ -241,7 +241,7 @@ fn ask_until(server: SocketAddr, until: Instant) -> Result<(u32, u32)> {
 }
 
 /// The daemon with `file` as its resolv.conf, and a client that has a route to the tunnel addresses, which are returned.
-fn start(cx: &Context, file: &ResolvConf) -> Result<(Lab, [IpAddr; 2])> {
+pub(super) fn start_with_nameserver(cx: &Context, file: &ResolvConf) -> Result<(Lab, [IpAddr; 2])> {
     let mut launch = file.launch(cx)?;
     let further = FURTHER.map(|ip| SocketAddr::new(ip, 53).to_string()).join(",");
     launch.environment.push(("FIREZONE_DNS_LISTEN", further));
@@ -294,7 +294,7 @@ pub(crate) struct Nameserver(Process);
 
 impl Nameserver {
     /// `note` is what it has to say as TXT of `_note.lan.test`.
-    fn start(cx: &Context, name: &str, address: Ipv4Addr, note: &str) -> Result<Self> {
+    pub(super) fn start(cx: &Context, name: &str, address: Ipv4Addr, note: &str) -> Result<Self> {
         Self::start_with(cx, name, address, note, &[])
     }
 
@@ -345,7 +345,7 @@ impl Nameserver {
 }
 
 /// `dig` at the gateway, once, with 6 s for the answer; what it printed.
-fn dig(client: &NetNs, server: IpAddr, arguments: &[&str]) -> Result<String> {
+pub(super) fn dig(client: &NetNs, server: IpAddr, arguments: &[&str]) -> Result<String> {
     let (server, port) = (format!("@{server}"), PORT.to_string());
     let mut command = vec!["dig", "-p", &port, &server, "+time=6", "+tries=1"];
     command.extend(arguments);

@@ -485,6 +485,17 @@ pub fn health(cx: &Context, path: &str) -> Result<(u16, String)> {
     Ok((status.parse().unwrap_or(0), body.to_owned()))
 }
 
+/// Whether a condition of `/readyz` holds.
+///
+/// # Errors
+/// If it does not answer with JSON that has the condition in it.
+pub fn is_up(cx: &Context, condition: &str) -> Result<bool> {
+    let (status, body) = health(cx, "/readyz")?;
+    let report: serde_json::Value =
+        serde_json::from_str(&body).with_context(|| format!("/readyz answered {status} {body:?}"))?;
+    report["conditions"][condition]["up"].as_bool().with_context(|| format!("no {condition} in {body}"))
+}
+
 /// A download that runs on the side and grows a file.
 pub struct Download {
     /// The curl process.

@@ -17,6 +17,7 @@ mod flow_spool;
 mod hostile_names;
 pub mod lab;
 mod links;
+mod metrics;
 pub(crate) mod names;
 mod network;
 mod paths;

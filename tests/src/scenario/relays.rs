@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use super::{
     Context,
     lab::{
-        Download, Lab, Options, health, host, host_2, http_both, lan4, lan6, ping, ping_raw, start_gateway,
+        Download, Lab, Options, host, host_2, http_both, is_up, lan4, lan6, ping, ping_raw, start_gateway,
     },
 };
 use crate::{
@@ -108,9 +108,8 @@ pub(super) fn all_gone(cx: &mut Context) -> Result<()> {
     lab.connect(0, &[host()])?;
     let client = &cx.topology.clients[0].namespace;
     let usable = |expected: bool| {
-        let text = format!("\"relay_usable\":{expected}");
-        wait_for(&format!("/readyz to say {text}"), 5 * SECOND, || {
-            Ok(health(cx, "/readyz")?.1.contains(&text).then_some(()))
+        wait_for(&format!("/readyz to say that a relay is up: {expected}"), 5 * SECOND, || {
+            Ok((is_up(cx, "relay")? == expected).then_some(()))
         })
     };
     usable(true)?;
@@ -145,9 +144,8 @@ pub(super) fn away_at_nov25(cx: &mut Context) -> Result<()> {
     let mut lab = Lab::start(cx, &options)?;
     lab.connect(0, &[lan4(), lan6()])?;
     let usable = |expected: bool, limit| {
-        let text = format!("\"relay_usable\":{expected}");
-        wait_for(&format!("/readyz to say {text}"), limit, || {
-            Ok(health(cx, "/readyz")?.1.contains(&text).then_some(()))
+        wait_for(&format!("/readyz to say that a relay is up: {expected}"), limit, || {
+            Ok((is_up(cx, "relay")? == expected).then_some(()))
         })
     };
     usable(true, 5 * SECOND)?;

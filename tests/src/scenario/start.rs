@@ -9,11 +9,12 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
+use serde_json::Value;
 
 use super::{
     Context, Skip,
     lab::{
-        Lab, Launch, Options, PORTAL_PORT, health, http_both, lan4, lan6, launch, ping, ping_both,
+        Lab, Launch, Options, PORTAL_PORT, health, http_both, is_up, lan4, lan6, launch, ping, ping_both,
         start_gateway,
     },
     rest,
@@ -22,6 +23,7 @@ use super::{
 use crate::{
     net::{
         process::{Process, Spawn, wait_for},
+        services::Relay,
         topology::{LAN_HOST, PORTAL},
     },
     standins::portal::{self, Portal, Role},
@@ -29,15 +31,29 @@ use crate::{
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// `/readyz` says no until the portal has assigned addresses; `/healthz` says yes from the start.
+/// `/readyz` says no until TUN, DNS servers and a relay are up and the portal was reached, and what is missing; `/healthz`
+/// says yes from the start.
 pub(super) fn readiness(cx: &mut Context) -> Result<()> {
     let url = format!("ws://{PORTAL}:{PORTAL_PORT}/");
     let mut gateway = start_gateway(cx, "gateway", "a-gateway-token", &url, "info")?;
     wait_for("the health port", 3 * SECOND, || Ok((health(cx, "/healthz")?.0 == 200).then_some(())))?;
+    let alive: Value = serde_json::from_str(&health(cx, "/healthz")?.1)?;
+    ensure!(alive["alive"] == true, "{alive}");
     let (status, body) = health(cx, "/readyz")?;
     ensure!(status == 503, "ready without a portal: {status} {body}");
-    ensure!(body.contains("\"interface_up\":false"), "{body}");
+    let conditions = ["tun", "dns_listening", "relay", "portal"];
+    for condition in conditions {
+        ensure!(!is_up(cx, condition)?, "{condition} without a portal: {body}");
+    }
+    let report: Value = serde_json::from_str(&body)?;
+    ensure!(report["portal_was_reached"] == false, "{body}");
+    ensure!(report["portal_partition_seconds"].as_f64().is_some_and(|age| age < 60.0), "{body}");
     ensure!(health(cx, "/elsewhere")?.0 == 404, "an unknown path");
+    let (addresses, secret) = (cx.topology.relay_addresses(0), "a relay secret");
+    let relay = &cx.topology.relays[0].namespace;
+    let _coturn = Relay::start(relay, &cx.logs, "relay", &addresses, secret)?;
+    let servers: Vec<_> = addresses.into_iter().map(|ip| SocketAddr::new(ip, 3478)).collect();
+    let offer = portal::Relay::coturn(servers, secret);
     let config = portal::Config {
         listen: SocketAddr::new(PORTAL.into(), PORTAL_PORT),
         gateway_token: "a-gateway-token".to_owned(),
@@ -45,12 +61,20 @@ pub(super) fn readiness(cx: &mut Context) -> Result<()> {
     };
     let mut portal = Portal::start(Some(&cx.topology.portal.namespace.path()), config)?;
     portal.wait_online(Role::Gateway, 1, 5 * SECOND)?;
-    wait_for("/readyz to say yes", 2 * SECOND, || Ok((health(cx, "/readyz")?.0 == 200).then_some(())))?;
-    ensure!(health(cx, "/readyz")?.1.contains("\"portal_connected\":true"), "connected, and does not say so");
+    for condition in ["tun", "dns_listening", "portal"] {
+        wait_for(condition, 2 * SECOND, || Ok(is_up(cx, condition)?.then_some(())))?;
+    }
+    ensure!(
+        !is_up(cx, "relay")? && health(cx, "/readyz")?.0 == 503,
+        "no relay can be reached, and it is ready"
+    );
+    portal.set_relays(vec![offer]);
+    wait_for("/readyz to say yes", 5 * SECOND, || Ok((health(cx, "/readyz")?.0 == 200).then_some(())))?;
+    for condition in conditions {
+        ensure!(is_up(cx, condition)?, "{condition} is not up");
+    }
     portal.stop();
-    wait_for("/readyz to notice", 2 * SECOND, || {
-        Ok(health(cx, "/readyz")?.1.contains("\"portal_connected\":false").then_some(()))
-    })?;
+    wait_for("/readyz to notice", 2 * SECOND, || Ok((!is_up(cx, "portal")?).then_some(())))?;
     ensure!(health(cx, "/readyz")?.0 == 200, "a portal that is away makes nobody unready");
     ensure!(gateway.poll().is_none(), "the gateway lives");
     rest::terminate(&mut gateway, 3 * SECOND, 0)
@@ -234,7 +258,7 @@ pub(super) fn private_authority(cx: &mut Context) -> Result<()> {
         let mark = portal.mark();
         let mut gateway = launch(cx, variable, "a-token", &portal.url(), "info", &way)?;
         portal.wait_since(mark, 5 * SECOND, |entry| entry.to_gateway("init")).context(variable)?;
-        wait_for("/readyz to say yes", 2 * SECOND, || Ok((health(cx, "/readyz")?.0 == 200).then_some(())))?;
+        wait_for("the TUN device", 2 * SECOND, || Ok(is_up(cx, "tun")?.then_some(())))?;
         rest::terminate(&mut gateway, 3 * SECOND, 0).context(variable)?;
         wait_for("the portal to see it go", 2 * SECOND, || {
             Ok(portal.online(Role::Gateway).is_empty().then_some(()))

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     Scenario, access, churn, crowd, dns, firewall, floods, flow_ends, flow_logs, flow_spool, hostile_names,
-    links, names, network, paths, relays, resources, start, transfers, translation, trouble,
+    links, metrics, names, network, paths, relays, resources, start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -173,6 +173,14 @@ pub static SCENARIOS: &[Scenario] = &[
     .alone(),
     scenario("direct: UDP and DNS", direct::plan, 30, transfers::udp).core(),
     scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp).core(),
+    scenario("metrics agree with traffic, direct", direct::plan, 60, metrics::agree_with_traffic),
+    scenario("metrics agree with traffic, relayed", relay_only::plan, 60, metrics::agree_with_traffic),
+    scenario(
+        "metrics: DNS, denials, a portal that is away",
+        direct::plan,
+        60,
+        metrics::dns_denials_and_partition,
+    ),
     scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle).alone(),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
     scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent).once(),
