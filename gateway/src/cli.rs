@@ -116,7 +116,7 @@ pub struct Cli {
     #[arg(long, env = "FIREZONE_LOG_FORMAT", value_enum, default_value_t = LogFormat::Human, value_name = "FORMAT", help_heading = "Observe")]
     pub log_format: LogFormat,
 
-    /// Where /healthz and /readyz are served.
+    /// Where /healthz, /readyz and /metrics (Prometheus) are served.
     #[arg(
         long,
         env = "HEALTH_CHECK_ADDR",
