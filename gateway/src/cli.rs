@@ -126,6 +126,14 @@ pub struct Cli {
     )]
     pub health_check_addr: SocketAddr,
 
+    /// Send metrics once a minute, besides showing them on /metrics.
+    #[arg(long, env = "FIREZONE_METRICS", value_enum, value_name = "WHERE", help_heading = "Observe")]
+    pub metrics: Option<Metrics>,
+
+    /// OpenTelemetry collector for `--metrics otel-collector`: host and port of its gRPC receiver, without TLS.
+    #[arg(long, env = "OTLP_GRPC_ENDPOINT", value_name = "HOST:PORT", value_parser = endpoint, help_heading = "Observe")]
+    pub otlp_grpc_endpoint: Option<String>,
+
     /// Skip the check for CAP_NET_ADMIN at start.
     #[arg(long, help_heading = "Other")]
     pub no_check: bool,
@@ -166,6 +174,18 @@ pub enum LogFormat {
     Human,
 }
 
+/// Where metrics are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Metrics {
+    /// To standard output, as on /metrics.
+    Stdout,
+    /// To an OpenTelemetry collector.
+    OtelCollector,
+    /// Accepted for compatibility: this gateway never reports to anybody unasked.
+    #[value(hide = true)]
+    Sentry,
+}
+
 #[expect(clippy::unnecessary_wraps, reason = "clap's value parsers are fallible")]
 fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
     Ok(Secret(Zeroizing::new(text.to_owned())))
@@ -175,6 +195,15 @@ fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
 fn workers(text: &str) -> Result<usize, String> {
     let number = text.trim().parse().ok().filter(|number| (1..=MAX_WORKERS).contains(number));
     number.ok_or_else(|| format!("the number of workers must be from 1 to {MAX_WORKERS}"))
+}
+
+/// A host and a port.
+fn endpoint(text: &str) -> Result<String, String> {
+    let text = text.trim();
+    let is_one = text.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    if is_one { Ok(text.to_owned()) } else { Err("expected host:port, without a scheme".to_owned()) }
 }
 
 /// An address and a port that a socket can be bound to, and only that one: a wildcard would take the tunnel's as well.
@@ -269,6 +298,21 @@ mod tests {
             let result = Cli::try_parse_from(["firezone-gateway", &format!("--dns-listen={text}")]);
             assert!(result.is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_collector_is_a_host_and_a_port() {
+        for text in ["collector:4317", "192.0.2.1:4317", "[2001:db8::1]:4317"] {
+            let flags = ["firezone-gateway", "--metrics", "otel-collector", "--otlp-grpc-endpoint", text];
+            let cli = Cli::parse_from(flags);
+            assert_eq!(cli.otlp_grpc_endpoint.as_deref(), Some(text));
+            assert_eq!(cli.metrics, Some(Metrics::OtelCollector));
+        }
+        for text in ["http://collector:4317", "collector", ":4317", "collector:0", "collector:99999", ""] {
+            let result = Cli::try_parse_from(["firezone-gateway", "--otlp-grpc-endpoint", text]);
+            assert!(result.is_err(), "{text}");
+        }
+        assert_eq!(Cli::parse_from(["firezone-gateway", "--metrics=sentry"]).metrics, Some(Metrics::Sentry));
     }
 
     #[test]

@@ -19,7 +19,10 @@ use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, process::ExitCo
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser as _;
-use gateway_proto::portal::{Generation, login_url::LoginUrl};
+use gateway_proto::portal::{
+    Generation,
+    login_url::{LoginUrl, external_id},
+};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::{
@@ -27,6 +30,7 @@ use crate::{
     data::{BufferSizes, Capabilities, DataPlane, TUN_NAME, interface::Interface, lock::InstanceLock},
     flow_logs::FlowLogs,
     health::Readiness,
+    metrics::Destination,
     network::Network,
     portal::CaFile,
     runtime::{Runtime, Watched},
@@ -68,6 +72,7 @@ fn complain(error: &anyhow::Error) -> ExitCode {
 struct Prepared {
     portal: portal::Client,
     flow_logs: flow_logs::Config,
+    metrics: Option<Destination>,
     log_flows: bool,
     private_key: StaticSecret,
     workers: usize,
@@ -118,6 +123,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
     Ok(Prepared {
         portal,
         flow_logs,
+        metrics: destination(cli.metrics, cli.otlp_grpc_endpoint, &id),
         log_flows: cli.flow_logs,
         private_key,
         workers: cli.workers.unwrap_or_else(one_per_core),
@@ -164,8 +170,12 @@ fn run(prepared: Prepared) -> Result<()> {
         let flow_logs = FlowLogs::start(prepared.flow_logs)?;
         let readiness = Arc::new(Readiness::new(Arc::clone(&dns_stats)));
         let (exporter, asks) = metrics::channel();
-        let server = health::Server::new(Arc::clone(&readiness), exporter);
+        let exporter = Arc::new(exporter);
+        let server = health::Server::new(Arc::clone(&readiness), Arc::clone(&exporter));
         tokio::spawn(server.serve(prepared.health_check_addr));
+        if let Some(to) = prepared.metrics {
+            tokio::spawn(metrics::export(exporter, to));
+        }
         let watched = Watched { readiness, dns: dns_stats, asks };
         let flow_logs = (flow_logs, prepared.log_flows);
         let runtime = Runtime::new(data, interface, dns, flow_logs, prepared.portal, watched)?;
@@ -180,6 +190,25 @@ fn run(prepared: Prepared) -> Result<()> {
         }
         result
     })
+}
+
+/// Where metrics are sent, if anywhere; `id` is the gateway's.
+fn destination(wanted: Option<cli::Metrics>, endpoint: Option<String>, id: &str) -> Option<Destination> {
+    match (wanted?, endpoint) {
+        (cli::Metrics::Stdout, _) => Some(Destination::Stdout),
+        (cli::Metrics::OtelCollector, Some(endpoint)) => {
+            let further = std::env::var("OTEL_RESOURCE_ATTRIBUTES").unwrap_or_default();
+            let resource = metrics::resource(&external_id(id), &further);
+            Some(Destination::Collector { endpoint, resource })
+        }
+        (cli::Metrics::OtelCollector, None) => {
+            tracing::warn!(
+                "Metrics go nowhere: FIREZONE_METRICS is otel-collector, and OTLP_GRPC_ENDPOINT is not set"
+            );
+            None
+        }
+        (cli::Metrics::Sentry, _) => None,
+    }
 }
 
 /// As many workers as cores that we may use.

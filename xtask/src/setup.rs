@@ -36,11 +36,14 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
 ];
 
 /// Debian package, a module of Debian's own Python in it by which it is recognised, what we use it for.
-const MODULES: &[(&str, &str, &str)] = &[(
-    "python3-prometheus-client",
-    "prometheus_client.openmetrics.parser",
-    "reading the gateway's metrics as Prometheus does",
-)];
+const MODULES: &[(&str, &str, &str)] = &[
+    ("python3-grpcio", "grpc", "the collector that metrics are sent to"),
+    (
+        "python3-prometheus-client",
+        "prometheus_client.openmetrics.parser",
+        "reading the gateway's metrics as Prometheus does",
+    ),
+];
 
 /// Their packages start these at installation and at every boot; the tests start their own in namespaces.
 const SERVICES: &[(&str, &str)] = &[("coturn", "coturn"), ("nginx-light", "nginx")];

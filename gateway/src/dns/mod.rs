@@ -53,7 +53,7 @@ use self::{
     system::{Hosts, ResolvConf, Watched},
 };
 pub use self::{
-    latency::{BOUNDS_MS, Kind, Purpose, Verdict},
+    latency::{BOUNDS_MS, Kind, Purpose, Seen, Verdict},
     stats::{Count, Stats},
 };
 

@@ -33,13 +33,13 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// What the server knows.
 pub struct Server {
     readiness: Arc<Readiness>,
-    exporter: Exporter,
+    exporter: Arc<Exporter>,
     started: Instant,
 }
 
 impl Server {
     /// Started now.
-    pub fn new(readiness: Arc<Readiness>, exporter: Exporter) -> Self {
+    pub fn new(readiness: Arc<Readiness>, exporter: Arc<Exporter>) -> Self {
         Self { readiness, exporter, started: Instant::now() }
     }
 
@@ -136,7 +136,7 @@ mod tests {
     fn server() -> (Server, metrics::Asks, Arc<Stats>) {
         let stats = Arc::<Stats>::default();
         let (exporter, asks) = metrics::channel();
-        (Server::new(Arc::new(Readiness::new(Arc::clone(&stats))), exporter), asks, stats)
+        (Server::new(Arc::new(Readiness::new(Arc::clone(&stats))), Arc::new(exporter)), asks, stats)
     }
 
     async fn ask(server: &Server, method: &str, path: &str) -> (u16, String, String) {

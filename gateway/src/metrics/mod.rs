@@ -1,7 +1,8 @@
 //! Metrics for Prometheus: what is shown, and how a scrape gets it.
 //!
 //! ```text
-//! GET /metrics --> Exporter --ask--> event loop: Snapshot --> page (OpenMetrics) --> classic (text format 0.0.4)
+//! GET /metrics --> Exporter --ask--> event loop: Snapshot --> page --> prometheus (OpenMetrics) --> classic (0.0.4)
+//! each minute --> export ---ask-----------'                     '--> otlp --> grpc --> collector
 //! ```
 //!
 //! Nobody counts for metrics: a [`Snapshot`] is what the parts know anyway, taken by the event loop when somebody asks.
@@ -9,9 +10,16 @@
 //! Clients and resources are no labels.
 
 mod classic;
+mod export;
+mod family;
+mod grpc;
+mod otlp;
 mod page;
+mod prometheus;
 #[cfg(test)]
 mod tests;
+
+pub use self::export::{Destination, resource, run as export};
 
 use std::{
     sync::Arc,
@@ -134,14 +142,19 @@ impl Exporter {
         if let Some((_, page)) = last.as_ref().filter(|(at, _)| at.elapsed() < FRESH) {
             return Some(page.clone());
         }
+        let snapshot = self.snapshot().await?;
+        let page = Bytes::from(prometheus::encode(snapshot.families())?);
+        *last = Some((Instant::now(), page.clone()));
+        Some(page)
+    }
+
+    /// How the gateway is now. `None` if the event loop does not answer within 5 s.
+    async fn snapshot(&self) -> Option<Box<Snapshot>> {
         let (reply, answer) = oneshot::channel();
         let ask = async {
             self.asks.send(reply).await.ok()?;
             answer.await.ok()
         };
-        let snapshot = timeout(PATIENCE, ask).await.ok()??;
-        let page = Bytes::from(page::encode(snapshot)?);
-        *last = Some((Instant::now(), page.clone()));
-        Some(page)
+        timeout(PATIENCE, ask).await.ok()?
     }
 }

@@ -1,91 +1,73 @@
-//! The page: every metric, its name, unit and help, in the order in which an operator reads them.
+//! Every metric: its name, unit and help, in the order in which an operator reads them.
 
-use std::fmt;
-
+use super::{
+    Snapshot,
+    family::{Family, Kind, Sample, Unit, Value},
+};
+use crate::{dns::Count, portal::COMPAT_VERSION};
 use gateway_common::DropReason;
 use gateway_proto::worker::Traffic;
-use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, MetricEncoder, NoLabelSet, text},
-    metrics::MetricType,
-    registry::{Registry, Unit},
-};
-
-use super::Snapshot;
-use crate::{
-    dns::{BOUNDS_MS, Count},
-    portal::COMPAT_VERSION,
-};
-
-/// In front of every name.
-pub const PREFIX: &str = "firezone_gateway";
-
-/// As OpenMetrics text. `None` never: strings take everything.
-pub fn encode(snapshot: Box<Snapshot>) -> Option<String> {
-    let mut registry = Registry::with_prefix(PREFIX);
-    registry.register_collector(snapshot);
-    let mut page = String::with_capacity(32 << 10);
-    text::encode(&mut page, &registry).ok()?;
-    Some(page)
-}
-
-impl Collector for Snapshot {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let mut page = Page(encoder);
-        self.process(&mut page)?;
-        self.portal(&mut page)?;
-        self.clients(&mut page)?;
-        self.relays(&mut page)?;
-        self.traffic(&mut page)?;
-        self.drops(&mut page)?;
-        self.workers(&mut page)?;
-        self.queues(&mut page)?;
-        self.dns(&mut page)?;
-        self.kernel(&mut page)
-    }
-}
 
 impl Snapshot {
-    fn process(&self, page: &mut Page<'_>) -> fmt::Result {
-        page.info(
-            "build",
-            "What is running: its version, the version it reports to the portal, its architecture.",
-            &[
-                ("version", env!("CARGO_PKG_VERSION")),
-                ("compat_version", COMPAT_VERSION),
-                ("arch", std::env::consts::ARCH),
-            ],
-        )?;
+    /// All of them.
+    pub fn families(&self) -> Vec<Family> {
+        let mut page = Page(Vec::with_capacity(50));
+        self.process(&mut page);
+        self.portal(&mut page);
+        self.clients(&mut page);
+        self.relays(&mut page);
+        self.traffic(&mut page);
+        self.drops(&mut page);
+        self.workers(&mut page);
+        self.queues(&mut page);
+        self.dns(&mut page);
+        self.kernel(&mut page);
+        page.0
+    }
+
+    fn process(&self, page: &mut Page) {
+        let labels = [
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("compat_version", COMPAT_VERSION),
+            ("arch", std::env::consts::ARCH),
+        ];
+        let help = "What is running: its version, the version it reports to the portal, its architecture.";
+        page.family("build", help, Unit::None, Kind::Info, [(labels, 1u64)]);
         let started = self.started.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         page.gauge(
             "start_time",
             "When the daemon was started, since 1970-01-01 UTC.",
-            Some(&Unit::Seconds),
+            Unit::Seconds,
             [([], started.as_secs_f64())],
-        )?;
+        );
         let ready = u64::from(self.readiness.is_ready());
-        page.gauge("ready", "Whether /readyz says yes.", None, [([], ready)])?;
+        page.gauge("ready", "Whether /readyz says yes.", Unit::None, [([], ready)]);
         let conditions = self.readiness.conditions();
         let conditions =
             conditions.iter().map(|(name, state)| ([("condition", *name)], u64::from(state.holds)));
-        page.gauge("condition", "Whether each condition of /readyz holds.", None, conditions)
+        page.gauge("condition", "Whether each condition of /readyz holds.", Unit::None, conditions);
     }
 
-    fn portal(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn portal(&self, page: &mut Page) {
         let (joins, failures) = self.readiness.portal_counts();
-        page.counter("portal_joins", "Times that the portal's channel was joined.", None, [([], joins)])?;
+        page.counter(
+            "portal_joins",
+            "Times that the portal's channel was joined.",
+            Unit::None,
+            [([], joins)],
+        );
         let help = "Connections to the portal that were not made or ended.";
-        page.counter("portal_failures", help, None, [([], failures)])?;
+        page.counter("portal_failures", help, Unit::None, [([], failures)]);
         let partition = self.readiness.partition().unwrap_or_default();
         let help = "How long the portal has been away; 0 while it is there. The daemon gives up at \
                     FIREZONE_MAX_PARTITION_TIME.";
-        page.gauge("portal_partition", help, Some(&Unit::Seconds), [([], partition.as_secs_f64())])
+        page.gauge("portal_partition", help, Unit::Seconds, [([], partition.as_secs_f64())]);
     }
 
-    fn clients(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn clients(&self, page: &mut Page) {
         let status = &self.status;
         let help = "Clients with at least one authorization.";
-        page.gauge("clients", help, None, [([], status.clients as u64)])?;
+        page.gauge("clients", help, Unit::None, [([], status.clients as u64)]);
         let kinds = [
             ("none", status.connecting),
             ("peer_to_peer", status.peer_to_peer),
@@ -95,18 +77,23 @@ impl Snapshot {
         ];
         let help =
             "Connections by the kind of their path, seen from the gateway: relay_to_ uses a relay of ours.";
-        page.gauge("connections", help, None, kinds.map(|(path, count)| ([("path", path)], count as u64)))
+        page.gauge(
+            "connections",
+            help,
+            Unit::None,
+            kinds.map(|(path, count)| ([("path", path)], count as u64)),
+        );
     }
 
-    fn relays(&self, page: &mut Page<'_>) -> fmt::Result {
-        page.gauge("relays", "Relays that have answered.", None, [([], self.status.relays as u64)])?;
+    fn relays(&self, page: &mut Page) {
+        page.gauge("relays", "Relays that have answered.", Unit::None, [([], self.status.relays as u64)]);
         let rtts: Vec<_> =
             self.relay_rtts.iter().map(|(id, rtt)| (id.to_string(), rtt.as_secs_f64())).collect();
         let rtts = rtts.iter().map(|(id, rtt)| ([("relay", id.as_str())], *rtt));
-        page.gauge("relay_rtt", "Smoothed round-trip time to each relay.", Some(&Unit::Seconds), rtts)
+        page.gauge("relay_rtt", "Smoothed round-trip time to each relay.", Unit::Seconds, rtts);
     }
 
-    fn traffic(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn traffic(&self, page: &mut Page) {
         let names = self.worker_names();
         let each = |of: fn(&Traffic) -> [u64; 4]| {
             let rows = self.workers.iter().zip(&names).flat_map(move |(worker, name)| {
@@ -128,12 +115,12 @@ impl Snapshot {
         });
         let help =
             "Packets carried; outbound is from a client to a resource, relayed is through a relay of ours.";
-        page.counter("tunnel_packets", help, None, packets)?;
+        page.counter("tunnel_packets", help, Unit::None, packets);
         let bytes = each(|t| {
             [t.outbound_direct, t.outbound_relayed, t.inbound_direct, t.inbound_relayed].map(|v| v.bytes)
         });
         let help = "Bytes of these packets, IP headers included, without WireGuard's and outer headers.";
-        page.counter("tunnel", help, Some(&Unit::Bytes), bytes)?;
+        page.counter("tunnel", help, Unit::Bytes, bytes);
         let sum =
             |of: fn(&Traffic) -> u64| self.workers.iter().map(|worker| of(&worker.traffic)).sum::<u64>();
         let kinds = [
@@ -144,15 +131,15 @@ impl Snapshot {
         ];
         let help = "Messages accepted that carry no packet: WireGuard's handshakes and keep-alives, control packets of \
                     clients, STUN.";
-        page.counter("messages", help, None, kinds.map(|(kind, count)| ([("kind", kind)], count)))?;
+        page.counter("messages", help, Unit::None, kinds.map(|(kind, count)| ([("kind", kind)], count)));
         let kinds = [("icmp_denial", sum(|t| t.denials)), ("name", sum(|t| t.answers))];
         let help = "What the gateway itself said to clients inside tunnels: ICMP errors for what is not allowed, answers \
                     about names.";
-        page.counter("answers", help, None, kinds.map(|(kind, count)| ([("kind", kind)], count)))
+        page.counter("answers", help, Unit::None, kinds.map(|(kind, count)| ([("kind", kind)], count)));
     }
 
     /// With zeros, so that a rate can be taken of the first.
-    fn drops(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn drops(&self, page: &mut Page) {
         let workers =
             DropReason::ALL.iter().map(|reason| (*reason, place(*reason), self.worker_drops.get(*reason)));
         let control = self.control_drops.iter().map(|(reason, packets)| (reason, "control", packets));
@@ -160,38 +147,38 @@ impl Snapshot {
         let rows = rows.map(|(reason, place, n)| ([("place", place), ("reason", reason.label())], n));
         let help =
             "Packets dropped, by who dropped them (udp, tun, xdp: the devices and what serves them) and why.";
-        page.counter("dropped_packets", help, None, rows)
+        page.counter("dropped_packets", help, Unit::None, rows);
     }
 
-    fn workers(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn workers(&self, page: &mut Page) {
         let names = self.worker_names();
         let workers =
             || self.workers.iter().zip(&names).map(|(worker, name)| ([("worker", name.as_str())], worker));
         let shares = workers().map(|(labels, worker)| (labels, worker.busy_share));
         let help = "Share of the last 10 s in which the worker did not sleep. Near 1 it is saturated; near 1 on all \
                     workers, the site needs another gateway, or this one more cores.";
-        page.gauge("worker_busy", help, Some(&Unit::Other("ratio".to_owned())), shares)?;
+        page.gauge("worker_busy", help, Unit::Ratio, shares);
         let busy = workers().map(|(labels, worker)| (labels, worker.work.busy.as_secs_f64()));
-        page.counter("worker_busy", "Time in which the worker did not sleep.", Some(&Unit::Seconds), busy)?;
+        page.counter("worker_busy", "Time in which the worker did not sleep.", Unit::Seconds, busy);
         let turns = workers().map(|(labels, worker)| (labels, worker.turns));
         let help = "Turns of the worker: the fewer for the same packets, the larger its batches.";
-        page.counter("worker_turns", help, None, turns)?;
+        page.counter("worker_turns", help, Unit::None, turns);
         let handed_over = workers().map(|(labels, worker)| (labels, worker.work.handed_over));
         let help = "Packets that the worker passed to the worker that holds their client.";
-        page.counter("worker_handed_over_packets", help, None, handed_over)?;
+        page.counter("worker_handed_over_packets", help, Unit::None, handed_over);
         let given = workers().map(|(labels, worker)| (labels, worker.work.given));
-        page.counter("worker_moved_clients", "Clients that the worker gave to another.", None, given)?;
+        page.counter("worker_moved_clients", "Clients that the worker gave to another.", Unit::None, given);
         let clients = names.iter().zip(&self.clients_by_worker);
         let clients = clients.map(|(name, count)| ([("worker", name.as_str())], *count as u64));
-        page.gauge("worker_clients", "Clients of the worker.", None, clients)?;
+        page.gauge("worker_clients", "Clients of the worker.", Unit::None, clients);
         let bytes = workers().map(|(labels, worker)| (labels, worker.handover_bytes_waiting as u64));
         let help = "Bytes passed to the worker by others that it has not read.";
-        page.gauge("worker_handover_waiting", help, Some(&Unit::Bytes), bytes)?;
+        page.gauge("worker_handover_waiting", help, Unit::Bytes, bytes);
         let commands = workers().map(|(labels, worker)| (labels, worker.commands_waiting as u64));
-        page.gauge("worker_commands_waiting", "Commands that the worker has not seen.", None, commands)
+        page.gauge("worker_commands_waiting", "Commands that the worker has not seen.", Unit::None, commands);
     }
 
-    fn queues(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn queues(&self, page: &mut Page) {
         let depths = &self.depths;
         let queues = [
             ("from_workers", self.worker_events_waiting),
@@ -207,20 +194,25 @@ impl Snapshot {
             ("flow_logs", self.flow_logs.0),
         ];
         let rows = queues.map(|(queue, length)| ([("queue", queue)], length as u64));
-        page.gauge("queue_length", "What waits in the control plane, by queue.", None, rows)?;
+        page.gauge("queue_length", "What waits in the control plane, by queue.", Unit::None, rows);
         let before = self.workers.iter().map(|worker| worker.traffic.flow_reports_lost).sum();
         let rows = [("workers", before), ("writer", self.flow_logs.1)];
         let help = "Reports of flows that were lost: on the way from the workers, or because writing them was too slow.";
-        page.counter("flow_logs_lost", help, None, rows.map(|(stage, count)| ([("stage", stage)], count)))
+        page.counter(
+            "flow_logs_lost",
+            help,
+            Unit::None,
+            rows.map(|(stage, count)| ([("stage", stage)], count)),
+        );
     }
 
-    fn dns(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn dns(&self, page: &mut Page) {
         let rows = |label: &'static str, counts: &[(&'static str, Count)]| {
             let rows = counts.iter().map(|(value, count)| ([(label, *value)], self.dns.get(*count)));
             rows.collect::<Vec<_>>()
         };
         let transports = rows("transport", &[("udp", Count::UdpQueries), ("tcp", Count::TcpQueries)]);
-        page.counter("dns_queries", "Messages that reached the DNS servers.", None, transports)?;
+        page.counter("dns_queries", "Messages that reached the DNS servers.", Unit::None, transports);
         let outcomes = rows(
             "outcome",
             &[
@@ -232,7 +224,7 @@ impl Snapshot {
                 ("ignored", Count::Ignored),
             ],
         );
-        page.counter("dns_outcomes", "What came of these messages.", None, outcomes)?;
+        page.counter("dns_outcomes", "What came of these messages.", Unit::None, outcomes);
         let events = rows(
             "event",
             &[
@@ -245,7 +237,7 @@ impl Snapshot {
                 ("truncated_by_nameserver", Count::UpstreamTruncated),
             ],
         );
-        page.counter("dns_events", "Things that happened at the DNS servers.", None, events)?;
+        page.counter("dns_events", "Things that happened at the DNS servers.", Unit::None, events);
         let look_ups = rows(
             "outcome",
             &[
@@ -255,39 +247,28 @@ impl Snapshot {
             ],
         );
         let help = "Names of DNS resources looked up; failed and timed out are those of any, by one family at least.";
-        page.counter("dns_resource_look_ups", help, None, look_ups)?;
+        page.counter("dns_resource_look_ups", help, Unit::None, look_ups);
         let help =
             "How long an answer took: of queries that clients sent, and of addresses of DNS resources.";
-        let mut metric = page.0.encode_descriptor(
-            "dns_lookup_duration",
-            help,
-            Some(&Unit::Seconds),
-            MetricType::Histogram,
-        )?;
-        for seen in self.dns.latencies.seen() {
+        let rows = self.dns.latencies.seen().map(|seen| {
             let labels = [
                 ("purpose", seen.purpose.label()),
                 ("question_type", seen.kind.label()),
                 ("response_code", seen.verdict.label()),
             ];
-            // Whole milliseconds below 2^53.
-            #[expect(clippy::cast_precision_loss, reason = "10 000 at most")]
-            let bounds = BOUNDS_MS.iter().map(|ms| *ms as f64 / 1000.0).chain([f64::INFINITY]);
-            let buckets: Vec<_> = bounds.zip(seen.buckets).collect();
-            let (sum, count) = (seen.sum.as_secs_f64(), seen.buckets.iter().sum());
-            metric.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
-        }
-        Ok(())
+            (labels, Value::Buckets(seen))
+        });
+        page.family("dns_lookup_duration", help, Unit::Seconds, Kind::Histogram, rows);
     }
 
-    fn kernel(&self, page: &mut Page<'_>) -> fmt::Result {
+    fn kernel(&self, page: &mut Page) {
         let rows = self.capabilities.iter();
         let rows = rows.map(|(capability, used)| ([("capability", capability.word())], u64::from(*used)));
         let help = "Whether each of the kernel's ways to batch and steer packets is in use.";
-        page.gauge("capability_in_use", help, None, rows)?;
+        page.gauge("capability_in_use", help, Unit::None, rows);
         let rows = [("sessions", self.not_steered.sessions), ("tunnels", self.not_steered.tunnels)];
         let help = "Entries that a full map of the kernel's did not take; such packets change workers in user space.";
-        page.counter("not_steered", help, None, rows.map(|(map, count)| ([("map", map)], count)))
+        page.counter("not_steered", help, Unit::None, rows.map(|(map, count)| ([("map", map)], count)));
     }
 
     fn worker_names(&self) -> Vec<String> {
@@ -309,59 +290,46 @@ fn place(reason: DropReason) -> &'static str {
     }
 }
 
-/// Writes families.
-struct Page<'a>(DescriptorEncoder<'a>);
+/// Collects families.
+struct Page(Vec<Family>);
 
 /// Names and values of one sample's labels.
-type Labels<'a, const N: usize> = [(&'a str, &'a str); N];
+type Labels<'a, const N: usize> = [(&'static str, &'a str); N];
 
-impl Page<'_> {
-    fn counter<'a, const N: usize, V: EncodeCounterValue>(
+impl Page {
+    fn counter<'a, const N: usize, V: Into<Value>>(
         &mut self,
-        name: &str,
-        help: &str,
-        unit: Option<&Unit>,
+        name: &'static str,
+        help: &'static str,
+        unit: Unit,
         rows: impl IntoIterator<Item = (Labels<'a, N>, V)>,
-    ) -> fmt::Result {
-        let each = |mut metric: MetricEncoder<'_>, value: V| {
-            metric.encode_counter::<NoLabelSet, _, u64>(&value, None)
+    ) {
+        self.family(name, help, unit, Kind::Counter, rows);
+    }
+
+    fn gauge<'a, const N: usize, V: Into<Value>>(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        unit: Unit,
+        rows: impl IntoIterator<Item = (Labels<'a, N>, V)>,
+    ) {
+        self.family(name, help, unit, Kind::Gauge, rows);
+    }
+
+    fn family<'a, const N: usize, V: Into<Value>>(
+        &mut self,
+        name: &'static str,
+        help: &'static str,
+        unit: Unit,
+        kind: Kind,
+        rows: impl IntoIterator<Item = (Labels<'a, N>, V)>,
+    ) {
+        let sample = |(labels, value): (Labels<'a, N>, V)| Sample {
+            labels: labels.map(|(name, value)| (name, value.to_owned())).to_vec(),
+            value: value.into(),
         };
-        self.family(name, help, unit, MetricType::Counter, rows, each)
-    }
-
-    fn gauge<'a, const N: usize, V: EncodeGaugeValue>(
-        &mut self,
-        name: &str,
-        help: &str,
-        unit: Option<&Unit>,
-        rows: impl IntoIterator<Item = (Labels<'a, N>, V)>,
-    ) -> fmt::Result {
-        let each = |mut metric: MetricEncoder<'_>, value: V| metric.encode_gauge(&value);
-        self.family(name, help, unit, MetricType::Gauge, rows, each)
-    }
-
-    fn info<const N: usize>(&mut self, name: &str, help: &str, labels: &Labels<'_, N>) -> fmt::Result {
-        self.0.encode_descriptor(name, help, None, MetricType::Info)?.encode_info(labels)
-    }
-
-    fn family<'a, const N: usize, V>(
-        &mut self,
-        name: &str,
-        help: &str,
-        unit: Option<&Unit>,
-        kind: MetricType,
-        rows: impl IntoIterator<Item = (Labels<'a, N>, V)>,
-        each: impl Fn(MetricEncoder<'_>, V) -> fmt::Result,
-    ) -> fmt::Result {
-        let mut metric = self.0.encode_descriptor(name, help, unit, kind)?;
-        for (labels, value) in rows {
-            if N > 0 {
-                each(metric.encode_family(&labels)?, value)?;
-            } else {
-                // A family without labels would get empty braces. There is one row.
-                return each(metric, value);
-            }
-        }
-        Ok(())
+        let samples = rows.into_iter().map(sample).collect();
+        self.0.push(Family { name, help, unit, kind, samples });
     }
 }

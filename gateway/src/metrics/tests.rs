@@ -7,6 +7,12 @@ use gateway_proto::{
     WorkerId,
     worker::{Traffic, Volume},
 };
+use opentelemetry_proto::tonic::{
+    collector::metrics::v1::ExportMetricsServiceRequest,
+    common::v1::{KeyValue, any_value},
+    metrics::v1::{metric::Data, number_data_point},
+};
+use prost::Message as _;
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -71,7 +77,7 @@ fn busy() -> Box<Snapshot> {
 }
 
 fn page() -> String {
-    page::encode(busy()).unwrap()
+    prometheus::encode(busy().families()).unwrap()
 }
 
 /// Samples by name and labels.
@@ -133,10 +139,10 @@ fn each_figure_stands_under_its_name() {
         ("not_steered_total{map=\"tunnels\"}", "27"),
     ];
     for (name, value) in table {
-        let name = format!("{}_{name}", page::PREFIX);
+        let name = format!("{}_{name}", prometheus::PREFIX);
         assert_eq!(samples.get(name.as_str()), Some(&value), "{name} in\n{page}");
     }
-    let build = format!("{}_build_info{{version=\"{}\",", page::PREFIX, env!("CARGO_PKG_VERSION"));
+    let build = format!("{}_build_info{{version=\"{}\",", prometheus::PREFIX, env!("CARGO_PKG_VERSION"));
     assert!(samples.keys().any(|name| name.starts_with(&build)), "{build} in\n{page}");
 }
 
@@ -226,7 +232,7 @@ fn the_dashboard_shows_what_there_is() {
     let mut used = BTreeSet::new();
     for expression in &expressions {
         let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-        let names: Vec<_> = words.filter(|word| word.starts_with(page::PREFIX)).collect();
+        let names: Vec<_> = words.filter(|word| word.starts_with(prometheus::PREFIX)).collect();
         assert!(!names.is_empty(), "{expression} shows nothing of ours");
         for name in names {
             assert!(samples.contains(name), "{expression}: there is no {name}");
@@ -243,6 +249,73 @@ fn the_dashboard_shows_what_there_is() {
     for family in families {
         assert!(used.iter().any(|name| name.starts_with(family)), "no panel shows {family}");
     }
+}
+
+/// Every sample of the page is in the message, with the same number under the name that a collector makes of it.
+#[test]
+fn otlp_says_what_the_page_says() {
+    let snapshot = busy();
+    let now = snapshot.started + Duration::from_secs(60);
+    let resource = vec![("service.name".to_owned(), "x".to_owned())];
+    let request = otlp::request(&snapshot.families(), &resource, snapshot.started, now);
+    let request = ExportMetricsServiceRequest::decode(&*request.encode_to_vec()).unwrap();
+    let [resource] = &*request.resource_metrics else { panic!("one resource") };
+    assert_eq!(resource.resource.as_ref().unwrap().attributes.len(), 1);
+    let [scope] = &*resource.scope_metrics else { panic!("one scope") };
+    let mut told = BTreeMap::new();
+    for metric in &scope.metrics {
+        let (points, suffix) = match metric.data.as_ref().unwrap() {
+            Data::Sum(sum) => {
+                assert!(sum.is_monotonic && sum.aggregation_temporality == 2, "{metric:?}");
+                (&sum.data_points, "_total")
+            }
+            Data::Gauge(gauge) => (&gauge.data_points, ""),
+            Data::Histogram(histogram) => {
+                let [point] = &*histogram.data_points else { panic!("{histogram:?}") };
+                assert_eq!(
+                    (point.count, point.bucket_counts.len(), point.explicit_bounds.len()),
+                    (1, 15, 14)
+                );
+                continue;
+            }
+            other => panic!("{other:?}"),
+        };
+        let unit = match &*metric.unit {
+            "s" => "_seconds",
+            "By" => "_bytes",
+            "1" => "_ratio",
+            _ => "",
+        };
+        for point in points {
+            assert_eq!(
+                (point.start_time_unix_nano, point.time_unix_nano % 1_000_000_000),
+                (1_800_000_000_000_000_000, 0)
+            );
+            let labels: Vec<_> = point
+                .attributes
+                .iter()
+                .map(|KeyValue { key, value, .. }| {
+                    let Some(any_value::Value::StringValue(value)) = &value.as_ref().unwrap().value else {
+                        panic!("{key}")
+                    };
+                    format!("{key}=\"{value}\"")
+                })
+                .collect();
+            let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+            let value = match point.value.unwrap() {
+                number_data_point::Value::AsInt(value) => value.to_string(),
+                number_data_point::Value::AsDouble(value) => format!("{value:?}"),
+            };
+            told.insert(format!("{}{unit}{suffix}{labels}", metric.name), value);
+        }
+    }
+    let page = page();
+    let samples = samples(&page).into_iter().filter(|(name, _)| !name.contains("lookup_duration"));
+    let shown: BTreeMap<_, _> = samples.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    // How long the portal has been away is of two moments.
+    let differ: Vec<_> = shown.iter().filter(|(name, value)| told.get(*name) != Some(value)).collect();
+    assert!(differ.iter().all(|(name, _)| name.ends_with("portal_partition_seconds")), "{differ:?}");
+    assert_eq!(shown.len(), told.len());
 }
 
 fn collect(value: &Value, expressions: &mut Vec<String>) {

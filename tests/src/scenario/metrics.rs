@@ -6,17 +6,22 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use opentelemetry_proto::tonic::{
+    collector::metrics::v1::ExportMetricsServiceRequest,
+    metrics::v1::{NumberDataPoint, metric::Data, number_data_point},
+};
+use prost::Message as _;
 use serde_json::Value;
 
 use super::{
     Context, Skip,
     dns::{Nameserver, ResolvConf, dig, start_with_nameserver},
-    lab::{Lab, Options, curl, health, is_up, lan4, lan6},
+    lab::{Lab, Launch, Options, curl, health, is_up, lan4, lan6},
     transfers::iperf3,
 };
 use crate::{
     net::{
-        process::{run, wait_for},
+        process::{Process, Spawn, run, wait_for},
         topology::{LAN_HOST, PORTAL},
     },
     standins::client::Path,
@@ -232,6 +237,75 @@ pub(super) fn dns_denials_and_partition(cx: &mut Context) -> Result<()> {
     is_within("s of partition in /readyz", said, 2.0, 30.0)?;
     ensure!(status == 200 && body["portal_was_reached"] == true, "{status} {body}");
     lab.finish()
+}
+
+/// To a collector that refuses the first call, and is spoken to by a gRPC library that is not ours: who we are, and the
+/// figures of the page.
+pub(super) fn collected(cx: &mut Context) -> Result<()> {
+    let host = &cx.topology.gateway.namespace;
+    let said = run(host, 10 * SECOND, &[PYTHON, "-c", "import grpc"])?;
+    said.success().map_err(|_| Skip("no gRPC library (package python3-grpcio)".to_owned()))?;
+    let endpoint = "127.0.0.1:4317";
+    let command = [PYTHON, "-c", include_str!("collector.py"), endpoint].map(str::to_owned).to_vec();
+    let collector =
+        Process::spawn(host, &cx.logs, &Spawn { name: "collector", command, ..Spawn::default() })?;
+    wait_for("the collector", 10 * SECOND, || Ok(collector.log().contains("listens").then_some(())))?;
+    let environment = vec![
+        ("FIREZONE_METRICS", "otel-collector".to_owned()),
+        ("OTLP_GRPC_ENDPOINT", endpoint.to_owned()),
+        ("OTEL_RESOURCE_ATTRIBUTES", "site=the%20lab".to_owned()),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "500".to_owned()),
+    ];
+    let options = Options { launch: Launch { environment, ..Launch::default() }, ..Options::default() };
+    let mut lab = Lab::start(cx, &options)?;
+    lab.expect_warning("Metrics do not reach their collector, trying on");
+    lab.connect(0, &[lan4(), lan6()])?;
+    let address = LAN_HOST.0.to_string();
+    let client = &cx.topology.clients[0].namespace;
+    run(client, 10 * SECOND, &["ping", "-n", "-q", "-c", "20", "-i", "0.02", &address])?.success()?;
+    let is_told = |request: &ExportMetricsServiceRequest| {
+        let (packets, clients) = (figure(request, "tunnel_packets"), figure(request, "clients"));
+        packets.is_some_and(|packets| (40.0..200.0).contains(&packets)) && clients == Some(1.0)
+    };
+    let request = wait_for("the collector to hear of 20 echoes", 5 * SECOND, || {
+        let log = collector.log();
+        let last = log.lines().rev().find_map(|line| hex::decode(line).ok());
+        let last = last.map(|message| ExportMetricsServiceRequest::decode(&*message)).transpose()?;
+        Ok(last.filter(is_told))
+    })?;
+    let resource = request.resource_metrics[0].resource.as_ref().context("no resource")?;
+    let told: Vec<_> =
+        resource.attributes.iter().map(|pair| format!("{}={:?}", pair.key, pair.value)).collect();
+    for expect in ["service.name=", "service.version=", "service.instance.id=", "os.type=", "site="] {
+        ensure!(told.iter().any(|pair| pair.starts_with(expect)), "no {expect} in {told:?}");
+    }
+    ensure!(told.iter().any(|pair| pair.contains("\"the lab\"")), "{told:?}");
+    let log = lab.gateway.log();
+    for expect in ["status 14: not yet", "reach their collector again"] {
+        ensure!(log.contains(expect), "the log does not say {expect:?}");
+    }
+    lab.finish()
+}
+
+/// The sum of a metric's points.
+fn figure(request: &ExportMetricsServiceRequest, name: &str) -> Option<f64> {
+    let name = format!("firezone_gateway_{name}");
+    let scopes = request.resource_metrics.iter().flat_map(|resource| &resource.scope_metrics);
+    let metric = scopes
+        .flat_map(|scope| &scope.metrics)
+        .find(|metric| metric.name == name && metric.unit.is_empty())?;
+    let points = match metric.data.as_ref()? {
+        Data::Sum(sum) => &sum.data_points,
+        Data::Gauge(gauge) => &gauge.data_points,
+        _ => return None,
+    };
+    let value = |point: &NumberDataPoint| match point.value {
+        #[expect(clippy::cast_precision_loss, reason = "counts of a few seconds")]
+        Some(number_data_point::Value::AsInt(value)) => value as f64,
+        Some(number_data_point::Value::AsDouble(value)) => value,
+        None => 0.0,
+    };
+    Some(points.iter().map(value).sum())
 }
 
 fn grown(before: &Page, after: &Page, direction: &str, path: &str) -> Result<[f64; 2]> {

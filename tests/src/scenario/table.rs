@@ -181,6 +181,7 @@ pub static SCENARIOS: &[Scenario] = &[
         60,
         metrics::dns_denials_and_partition,
     ),
+    scenario("metrics: an OpenTelemetry collector gets them", direct::plan, 40, metrics::collected).once(),
     scenario("an idle gateway with a connected client sleeps", direct::plan, 30, transfers::idle).alone(),
     scenario("portal killed while traffic flows, and back", direct::plan, 60, trouble::portal_dies),
     scenario("the portal falls silent", direct::plan, 90, trouble::portal_silent).once(),
