@@ -280,7 +280,7 @@ impl Runtime {
             relay_rtts: self.control.relay_rtts().collect(),
             worker_events_waiting: self.data.events_waiting().0,
             portal_events_waiting: self.portal_events.len(),
-            flow_logs: self.flow_logs.waiting_and_lost(),
+            flow_logs: self.flow_logs.figures(),
             dns: Arc::clone(&self.watched.dns),
             readiness: Arc::clone(&self.watched.readiness),
             capabilities: Capability::ALL.iter().map(|one| (*one, in_use.has(*one))).collect(),

@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -24,19 +24,22 @@ pub struct Commands {
     pending: Mutex<Pending>,
     /// Whether `pending` holds anything: lets a busy worker look before every batch without the lock.
     any: AtomicBool,
+    /// How many `pending` holds; stored by who holds its lock.
+    waiting: AtomicUsize,
     wake: Arc<Wake>,
 }
 
 impl Commands {
     /// An empty queue to the worker that `wake` wakes.
     pub fn new(wake: Arc<Wake>) -> Self {
-        Self { pending: Mutex::default(), any: AtomicBool::new(false), wake }
+        Self { pending: Mutex::default(), any: AtomicBool::new(false), waiting: AtomicUsize::new(0), wake }
     }
 
     /// Queues `command` in place of an earlier one with its key and wakes the worker. Never blocks, never drops.
     pub fn send(&self, command: Command) {
         let mut pending = lock(&self.pending);
         pending.put(command);
+        self.waiting.store(pending.at.len(), Ordering::Relaxed);
         let was_any = self.any.swap(true, Ordering::Release);
         drop(pending);
         if !was_any {
@@ -51,12 +54,13 @@ impl Commands {
         }
         let mut pending = lock(&self.pending);
         self.any.store(false, Ordering::Release);
+        self.waiting.store(0, Ordering::Relaxed);
         pending.take(into);
     }
 
-    /// How many wait.
+    /// How many wait. Without the lock: who watches must not keep the worker waiting.
     pub fn waiting(&self) -> usize {
-        lock(&self.pending).at.len()
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// The most that ever waited at once: at most one for each client, channel and kind.

@@ -205,7 +205,8 @@ impl Core for Worker {
     }
 }
 
-/// Sleeps until something is to be done; `now` is when the turn before ended. A socket's writability is only waited for while its outlet is blocked.
+/// Sleeps until something is to be done; `now` is when the turn before ended. A socket's writability is only waited for
+/// while its outlet is blocked.
 fn sleep(
     poller: &mut Poller,
     inbox: &Inbox,

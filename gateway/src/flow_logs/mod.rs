@@ -8,6 +8,7 @@
 //! Two threads, because a disk may be slow and a server away. They share nothing but the spool. Nothing here counts or
 //! decides: which packets make a flow is the workers' business, whom it is attributed to the portal's.
 
+mod figures;
 mod http;
 mod print;
 mod record;
@@ -35,7 +36,9 @@ use gateway_proto::{
 };
 use tokio::sync::{oneshot, watch};
 
+pub use self::figures::Figures;
 use self::{
+    figures::Tally,
     http::{Http, Tls},
     spool::{Kept, Settings, Spool},
     upload::Uploader,
@@ -75,6 +78,8 @@ pub struct FlowLogs {
     lost: Losses,
     /// By the workers.
     lost_before: Losses,
+    spool: Arc<Spool>,
+    tally: Arc<Tally>,
     writer_ended: oneshot::Receiver<()>,
     upload_ended: oneshot::Receiver<()>,
 }
@@ -94,12 +99,14 @@ impl FlowLogs {
     /// There is no thread or no event queue to be had.
     pub fn start(config: Config) -> Result<Self> {
         let spool = Arc::new(Spool::new(config.root));
+        let tally = Arc::<Tally>::default();
         let (orders, arriving) = mpsc::channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let (settings, wanted) = watch::channel(spool.settings());
         let (end, writer_ended) = oneshot::channel();
         let writer = Writer {
             spool: Arc::clone(&spool),
+            tally: Arc::clone(&tally),
             settings,
             waiting: Arc::clone(&waiting),
             failures: Losses::new("Flow logs cannot be written to disk"),
@@ -116,7 +123,7 @@ impl FlowLogs {
             .context("Cannot start the thread that writes flow logs")?;
         let (end, upload_ended) = oneshot::channel();
         let http = Http::new(Tls::new(&config.tls, config.mark), config.user_agent);
-        let uploader = Uploader::new(spool, http, rand::random());
+        let uploader = Uploader::new(Arc::clone(&spool), Arc::clone(&tally), http, rand::random());
         let tokio = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -131,7 +138,7 @@ impl FlowLogs {
             .context("Cannot start the thread that uploads flow logs")?;
         let lost = Losses::new("Flow logs are written too slowly");
         let lost_before = Losses::new("Flow logs come faster than they are taken from the workers");
-        Ok(Self { orders, waiting, most: 0, lost, lost_before, writer_ended, upload_ended })
+        Ok(Self { orders, waiting, most: 0, lost, lost_before, spool, tally, writer_ended, upload_ended })
     }
 
     /// Prints and keeps a record. With more than 10 000 waiting it is lost, which is counted.
@@ -164,9 +171,14 @@ impl FlowLogs {
         self.order(Order::Settings(settings), ORDERS);
     }
 
-    /// Orders that wait to be written, and those that were lost for want of room.
-    pub fn waiting_and_lost(&self) -> (usize, u64) {
-        (self.waiting.load(Ordering::Relaxed), self.lost.number)
+    /// How it is now. Waits for no thread and no disk.
+    pub fn figures(&self) -> Figures {
+        Figures {
+            waiting: self.waiting.load(Ordering::Relaxed),
+            lost: self.lost.number,
+            spool: self.spool.level(),
+            ..self.tally.read()
+        }
     }
 
     /// Ends both threads; waits until all reports are written, five seconds at most.
@@ -203,6 +215,7 @@ impl FlowLogs {
 /// The thread that prints and writes.
 struct Writer {
     spool: Arc<Spool>,
+    tally: Arc<Tally>,
     settings: watch::Sender<Option<Settings>>,
     waiting: Arc<AtomicUsize>,
     failures: Losses,
@@ -224,6 +237,7 @@ impl Writer {
                 self.spool.keep(&report).map(|kept| {
                     if kept == Kept::NoRoom {
                         self.full.count(&"as much waits as may; is the portal's endpoint reached?");
+                        self.tally.no_room.store(self.full.number, Ordering::Relaxed);
                     }
                 })
             }
@@ -247,6 +261,7 @@ impl Writer {
         };
         if let Err(error) = result {
             self.failures.count(&format_args!("{}: {error}", self.spool.root().display()));
+            self.tally.failed.store(self.failures.number, Ordering::Relaxed);
         }
     }
 }

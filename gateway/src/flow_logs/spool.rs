@@ -163,6 +163,19 @@ impl Spool {
         }
     }
 
+    /// Files of records that wait, and their bytes; `None` until they were counted. Never waits.
+    pub fn level(&self) -> Option<(u64, u64)> {
+        self.stock.level().map(|Limits { files, bytes }| (files, bytes))
+    }
+
+    /// Sees to it that [`Spool::level`] is known.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn look(&self) -> io::Result<()> {
+        self.stock.look(|| self.count())
+    }
+
     /// Looks at all records.
     fn count(&self) -> io::Result<Limits> {
         let mut level = Limits { files: 0, bytes: 0 };

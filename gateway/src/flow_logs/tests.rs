@@ -94,6 +94,8 @@ fn too_many_reports_are_counted_and_a_token_still_finds_its_place() {
         most: 0,
         lost: Losses::new("lost"),
         lost_before: Losses::new("lost before"),
+        spool: Arc::new(Spool::new(std::path::PathBuf::new())),
+        tally: Arc::default(),
         writer_ended,
         upload_ended,
     };
@@ -132,9 +134,11 @@ fn a_disk_that_fails_is_told_once_and_does_not_end_the_thread() {
     std::fs::write(&root, "in the way").unwrap();
     let (settings, wanted) = watch::channel(None);
     let waiting = Arc::new(AtomicUsize::new(3));
+    let tally = Arc::<Tally>::default();
     let failures = Losses::new("Flow logs cannot be written to disk");
     let writer = Writer {
         spool: Arc::new(Spool::new(root)),
+        tally: Arc::clone(&tally),
         settings,
         waiting: Arc::clone(&waiting),
         failures,
@@ -151,6 +155,7 @@ fn a_disk_that_fails_is_told_once_and_does_not_end_the_thread() {
     assert_eq!(warnings.len(), 1, "{lines:?}");
     assert!(warnings[0]["message"].as_str().unwrap().starts_with("Flow logs cannot be written to disk: /"));
     assert_eq!(waiting.load(Ordering::Relaxed), 0);
+    assert!(tally.read().failed >= 2, "the token, where to upload: {tally:?}");
     assert_eq!(*wanted.borrow(), Some(told), "what is spooled elsewhere can still be uploaded");
 }
 

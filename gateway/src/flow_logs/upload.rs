@@ -17,7 +17,7 @@ use std::{
     convert::Infallible,
     fmt::Write as _,
     io,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -32,6 +32,7 @@ use tokio::{
 };
 
 use super::{
+    figures::Tally,
     http::{Answer, Dial, Http, Target},
     spool::{Settings, Spool, Waiting},
 };
@@ -62,6 +63,7 @@ const MAX_REDIRECTIONS: usize = 5;
 /// What uploads.
 pub struct Uploader<D> {
     spool: Arc<Spool>,
+    tally: Arc<Tally>,
     http: Http<D>,
     random: SmallRng,
     /// Single records that the endpoint called too large.
@@ -100,10 +102,11 @@ enum Next {
 }
 
 impl<D: Dial> Uploader<D> {
-    /// Uploads from `spool`.
-    pub fn new(spool: Arc<Spool>, http: Http<D>, seed: u64) -> Self {
+    /// Uploads from `spool`; what becomes of it is counted in `tally`.
+    pub fn new(spool: Arc<Spool>, tally: Arc<Tally>, http: Http<D>, seed: u64) -> Self {
         Self {
             spool,
+            tally,
             http,
             random: SmallRng::seed_from_u64(seed),
             too_large: FxHashSet::default(),
@@ -146,7 +149,7 @@ impl<D: Dial> Uploader<D> {
             return;
         }
         self.pruned = Some(Instant::now());
-        if let Err(error) = self.spool.prune(SystemTime::now()) {
+        if let Err(error) = self.spool.prune(SystemTime::now()).and_then(|()| self.spool.look()) {
             tracing::debug!(%error, "Cannot look through the spool of flow logs");
         }
     }
@@ -169,6 +172,7 @@ impl<D: Dial> Uploader<D> {
     /// Once when it begins and once when it is over.
     fn tell(&mut self, trouble: Option<String>) {
         let failed_before = std::mem::replace(&mut self.failing, trouble.is_some());
+        self.tally.upload_fails.store(trouble.is_some(), Ordering::Relaxed);
         match trouble {
             Some(why) if !failed_before => {
                 tracing::warn!("Flow logs cannot be uploaded: {why}; they are kept")
@@ -232,6 +236,7 @@ impl<D: Dial> Uploader<D> {
             let answer = self.http.post(target, token, body(part)).await;
             match follows(answer, part.len()) {
                 Next::Remove => {
+                    self.tally.uploaded.fetch_add(part.len() as u64, Ordering::Relaxed);
                     self.spool.remove(id, part)?;
                     tracing::debug!(authorization = %id, records = part.len(), "Uploaded flow logs");
                     pause = FIRST_PAUSE;

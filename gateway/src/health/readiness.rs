@@ -62,9 +62,21 @@ impl Readiness {
         (!holds).then_some(age)
     }
 
-    /// Could a client connect? A portal that was reached once need not be there: what it has granted goes on.
+    /// Could a client connect?
     pub fn is_ready(&self) -> bool {
-        self.portal_counts().0 > 0 && [&self.tun, &self.dns.listening, &self.relay].iter().all(|c| c.holds())
+        self.missing().next().is_none()
+    }
+
+    /// The conditions for want of which no client could connect. A portal that was reached once need not be there: what it
+    /// has granted goes on.
+    fn missing(&self) -> impl Iterator<Item = &'static str> {
+        let needed = [
+            ("tun", self.tun.holds()),
+            ("dns_listening", self.dns.listening.holds()),
+            ("relay", self.relay.holds()),
+            ("portal", self.portal_counts().0 > 0),
+        ];
+        needed.into_iter().filter(|(_, holds)| !holds).map(|(name, _)| name)
     }
 
     /// Each condition by its name.
@@ -85,8 +97,11 @@ impl Readiness {
             let since = humantime::format_rfc3339_seconds(since).to_string();
             (name.to_owned(), json!({ "up": holds, "since": since, "seconds": seconds(age) }))
         });
+        // Looked at once, so that what is missing and the verdict agree.
+        let missing: Vec<_> = self.missing().collect();
         json!({
-            "ready": self.is_ready(),
+            "ready": missing.is_empty(),
+            "missing": missing,
             "conditions": Map::from_iter(conditions),
             "portal_was_reached": self.portal_counts().0 > 0,
             "portal_partition_seconds": self.partition().map(seconds),
@@ -106,17 +121,19 @@ mod tests {
 
     #[test]
     fn ready_means_that_a_client_could_connect() {
-        // TUN, DNS, relay, what the portal did; ready?
-        let table = [
-            (true, true, true, "", false),
-            (true, true, true, "join", true),
-            (true, true, true, "join,fail", true),
-            (true, true, true, "fail", false),
-            (false, true, true, "join", false),
-            (true, false, true, "join", false),
-            (true, true, false, "join", false),
+        // TUN, DNS, relay, what the portal did; what is missing.
+        let table: [(bool, bool, bool, &str, &[&str]); 8] = [
+            (true, true, true, "", &["portal"]),
+            (true, true, true, "join", &[]),
+            (true, true, true, "join,fail", &[]),
+            (true, true, true, "fail", &["portal"]),
+            (false, true, true, "join", &["tun"]),
+            (true, false, true, "join", &["dns_listening"]),
+            (true, true, false, "join", &["relay"]),
+            (false, false, false, "", &["tun", "dns_listening", "relay", "portal"]),
         ];
-        for (tun, dns, relay, portal, ready) in table {
+        for (tun, dns, relay, portal, missing) in table {
+            let ready = missing.is_empty();
             let stats = Arc::new(Stats::default());
             let readiness = Readiness::new(Arc::clone(&stats));
             readiness.tun.set(tun);
@@ -132,6 +149,7 @@ mod tests {
             assert_eq!(readiness.is_ready(), ready, "{tun} {dns} {relay} {portal:?}");
             let report = readiness.report(SystemTime::now());
             assert_eq!(report["ready"], ready);
+            assert_eq!(report["missing"], json!(missing));
             assert_eq!(report["conditions"]["tun"]["up"], tun);
             assert_eq!(report["conditions"]["dns_listening"]["up"], dns);
             assert_eq!(report["conditions"]["relay"]["up"], relay);

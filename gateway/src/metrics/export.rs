@@ -2,6 +2,7 @@
 //! (cli-and-service.md section 15.2).
 
 use std::{
+    io::Write as _,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -55,8 +56,10 @@ pub async fn run(exporter: Arc<Exporter>, to: Destination) {
 async fn send(snapshot: &Snapshot, to: &Destination) -> Result<()> {
     match to {
         Destination::Stdout => {
-            print!("{}", prometheus::encode(snapshot.families()).unwrap_or_default());
-            Ok(())
+            let page = prometheus::encode(snapshot.families()).unwrap_or_default();
+            let mut stdout = std::io::stdout().lock();
+            // Not print!, which panics where nobody reads.
+            stdout.write_all(page.as_bytes()).and_then(|()| stdout.flush()).context("standard output")
         }
         Destination::Collector { endpoint, resource } => {
             let now = SystemTime::now();

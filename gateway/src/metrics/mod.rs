@@ -40,7 +40,7 @@ use tokio::{
 use crate::{
     bpf::LeftOut,
     data::{Capability, WorkerState},
-    dns,
+    dns, flow_logs,
     health::Readiness,
 };
 
@@ -72,8 +72,8 @@ pub struct Snapshot {
     pub worker_events_waiting: usize,
     /// Events of the portal that control has not fetched.
     pub portal_events_waiting: usize,
-    /// Flow logs that are not written yet, and those that were lost.
-    pub flow_logs: (usize, u64),
+    /// What became of flow logs.
+    pub flow_logs: flow_logs::Figures,
     /// What the DNS servers count.
     pub dns: Arc<dns::Stats>,
     /// What is up, and the portal's figures.
@@ -130,7 +130,8 @@ impl Format {
 impl Exporter {
     /// The page, at most 250 ms old. `None` if the event loop does not answer within 5 s.
     pub async fn page(&self, format: Format) -> Option<Bytes> {
-        let page = self.open_metrics().await?;
+        // Waiting for those who asked before included, or a loop that hangs would collect scrapes.
+        let page = timeout(PATIENCE, self.open_metrics()).await.ok()??;
         Some(match format {
             Format::OpenMetrics => page,
             Format::Classic => classic::from_open_metrics(std::str::from_utf8(&page).ok()?).into(),

@@ -11,7 +11,7 @@ use gateway_proto::worker::Traffic;
 impl Snapshot {
     /// All of them.
     pub fn families(&self) -> Vec<Family> {
-        let mut page = Page(Vec::with_capacity(50));
+        let mut page = Page(Vec::with_capacity(54));
         self.process(&mut page);
         self.portal(&mut page);
         self.clients(&mut page);
@@ -20,6 +20,7 @@ impl Snapshot {
         self.drops(&mut page);
         self.workers(&mut page);
         self.queues(&mut page);
+        self.flow_logs(&mut page);
         self.dns(&mut page);
         self.kernel(&mut page);
         page.0
@@ -191,19 +192,34 @@ impl Snapshot {
             ("authorizations_without_relay", depths.parked),
             ("early_candidates", depths.early),
             ("names_looked_up", depths.resolving),
-            ("flow_logs", self.flow_logs.0),
+            ("flow_logs", self.flow_logs.waiting),
         ];
         let rows = queues.map(|(queue, length)| ([("queue", queue)], length as u64));
         page.gauge("queue_length", "What waits in the control plane, by queue.", Unit::None, rows);
+    }
+
+    fn flow_logs(&self, page: &mut Page) {
+        let logs = &self.flow_logs;
         let before = self.workers.iter().map(|worker| worker.traffic.flow_reports_lost).sum();
-        let rows = [("workers", before), ("writer", self.flow_logs.1)];
-        let help = "Reports of flows that were lost: on the way from the workers, or because writing them was too slow.";
+        let rows =
+            [("workers", before), ("writer", logs.lost), ("spool", logs.no_room), ("disk", logs.failed)];
+        let help = "Reports of flows that were lost: on the way from the workers, because writing them was too slow, because \
+                    the spool was full, because the disk refused.";
         page.counter(
             "flow_logs_lost",
             help,
             Unit::None,
             rows.map(|(stage, count)| ([("stage", stage)], count)),
         );
+        // Nothing, until somebody has counted.
+        let (files, bytes) = logs.spool.unzip();
+        let help = "Records of flows that wait on disk to be uploaded: a start and an end for each flow.";
+        page.gauge("flow_logs_spool_files", help, Unit::None, files.map(|files| ([], files)));
+        page.gauge("flow_logs_spool", "Bytes of these.", Unit::Bytes, bytes.map(|bytes| ([], bytes)));
+        let help = "Records of flows that the portal's endpoint has taken, or refused for good.";
+        page.counter("flow_logs_uploaded", help, Unit::None, [([], logs.uploaded)]);
+        let help = "Whether the last upload of flow logs failed; they are kept and sent again.";
+        page.gauge("flow_logs_upload_failing", help, Unit::None, [([], u64::from(logs.upload_fails))]);
     }
 
     fn dns(&self, page: &mut Page) {

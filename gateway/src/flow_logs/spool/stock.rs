@@ -2,7 +2,10 @@
 
 use std::{
     io,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -28,7 +31,13 @@ pub struct Stock {
     limits: Limits,
     /// `None` until it is counted.
     counted: Mutex<Option<Counted>>,
+    /// What was counted last, for who must not wait for the lock, which is held while files are counted. Files, bytes;
+    /// [`UNKNOWN`] until then.
+    shown: [AtomicU64; 2],
 }
+
+/// More than any number of files.
+const UNKNOWN: u64 = u64::MAX;
 
 /// What waits, as far as this process knows: what another one adds or removes is not in it.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +49,7 @@ struct Counted {
 impl Stock {
     /// One that nobody has counted yet.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, counted: Mutex::default() }
+        Self { limits, counted: Mutex::default(), shown: [AtomicU64::new(UNKNOWN), AtomicU64::new(0)] }
     }
 
     /// Makes room for a file of `bytes`; false if there is none. `count` looks at all files.
@@ -59,7 +68,34 @@ impl Stock {
             known.level.bytes += bytes;
         }
         *counted = Some(known);
+        self.show(known.level);
         Ok(has_room)
+    }
+
+    /// Counts, where nobody has since the start, or since [`Stock::forget`].
+    ///
+    /// # Errors
+    /// Those of `count`.
+    pub fn look(&self, count: impl Fn() -> io::Result<Limits>) -> io::Result<()> {
+        let mut counted = self.lock();
+        if counted.is_none() {
+            let level = count()?;
+            *counted = Some(Counted { level, at: Instant::now() });
+            self.show(level);
+        }
+        Ok(())
+    }
+
+    /// What waits, as far as it is known: never waits for a count. The two numbers may be of two moments.
+    pub fn level(&self) -> Option<Limits> {
+        let [files, bytes] = self.shown.each_ref().map(|number| number.load(Relaxed));
+        (files != UNKNOWN).then_some(Limits { files, bytes })
+    }
+
+    fn show(&self, Limits { files, bytes }: Limits) {
+        let [shown_files, shown_bytes] = &self.shown;
+        shown_bytes.store(bytes, Relaxed);
+        shown_files.store(files, Relaxed);
     }
 
     /// A file of `bytes` is gone. One that was removed while the others were counted may be subtracted without having been
@@ -68,10 +104,11 @@ impl Stock {
         if let Some(Counted { level, .. }) = &mut *self.lock() {
             level.files = level.files.saturating_sub(1);
             level.bytes = level.bytes.saturating_sub(bytes);
+            self.show(*level);
         }
     }
 
-    /// Who knows what is gone: the next [`Stock::take`] counts.
+    /// Who knows what is gone: the next [`Stock::take`] or [`Stock::look`] counts.
     pub fn forget(&self) {
         *self.lock() = None;
     }
@@ -82,5 +119,33 @@ impl Stock {
 
     fn lock(&self) -> MutexGuard<'_, Option<Counted>> {
         self.counted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_follows_each_change_and_stays_while_nobody_knows() {
+        let stock = Stock::new(Limits { files: 3, bytes: 100 });
+        let level = |files, bytes| Some(Limits { files, bytes });
+        assert_eq!(stock.level(), None);
+        assert!(stock.look(|| Err(io::ErrorKind::Other.into())).is_err());
+        assert_eq!(stock.level(), None, "a count that failed shows nothing");
+        stock.look(|| Ok(Limits { files: 1, bytes: 10 })).unwrap();
+        assert_eq!(stock.level(), level(1, 10));
+        stock.look(|| panic!("counted again")).unwrap();
+        assert!(stock.take(20, || panic!("counted again")).unwrap());
+        assert_eq!(stock.level(), level(2, 30));
+        assert!(!stock.take(71, || panic!("counted again")).unwrap(), "too large");
+        assert_eq!(stock.level(), level(2, 30));
+        stock.give(20);
+        assert_eq!(stock.level(), level(1, 10));
+        stock.forget();
+        stock.give(10);
+        assert_eq!(stock.level(), level(1, 10), "the last that was known");
+        stock.look(|| Ok(Limits { files: 0, bytes: 0 })).unwrap();
+        assert_eq!(stock.level(), level(0, 0));
     }
 }

@@ -139,7 +139,7 @@ impl World {
         let spool = Arc::new(Spool::new(place.path().join("spool")));
         spool.keep_token(&testkit::attribution()).unwrap();
         let http = Http::new(server.clone(), "agent/1".to_owned());
-        let uploader = Uploader::new(Arc::clone(&spool), http, 1);
+        let uploader = Uploader::new(Arc::clone(&spool), Arc::default(), http, 1);
         Self { _place: place, spool, server, uploader, began: Instant::now() }
     }
 
@@ -244,6 +244,10 @@ async fn answers_decide_what_stays_and_how_often_it_is_sent() {
         let mut world = World::new(|seen| script(seen.number)).holding(5);
         assert_eq!(world.pass().await, *pass, "{name}");
         assert_eq!((world.sizes(), world.left()), (sizes.to_vec(), *left), "{name}");
+        // Each record is gone or waits, and both are counted.
+        let figures = world.uploader.tally.read();
+        assert_eq!(figures.uploaded, 5 - *left as u64, "{name}");
+        assert_eq!(world.spool.level().map(|(files, _)| files), Some(*left as u64), "{name}");
     }
 }
 
@@ -261,7 +265,7 @@ async fn a_record_that_is_too_large_stays_and_does_not_hold_up_the_others() {
     assert_eq!((world.sizes(), world.left()), (vec![5, 2, 3, 1, 2, 1], 1), "it is not sent again");
     // By the next run of the daemon it is.
     let http = Http::new(world.server.clone(), String::new());
-    world.uploader = Uploader::new(Arc::clone(&world.spool), http, 1);
+    world.uploader = Uploader::new(Arc::clone(&world.spool), Arc::default(), http, 1);
     world.pass().await;
     assert_eq!((world.sizes()[6..].to_vec(), world.left()), (vec![1], 1));
 }
