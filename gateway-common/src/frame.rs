@@ -9,6 +9,7 @@
 //! [`classify`](mod@crate::classify). Everything it does not understand is left to the kernel, so "not ours" is no error.
 
 use crate::bytes::Bytes;
+use crate::maps::Endpoint;
 
 /// Where the UDP payload of a frame is, or why there is none for us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +125,46 @@ fn udp(frame: &(impl Bytes + ?Sized), at: usize, room: usize) -> Frame {
         return Frame::MalformedUdp;
     }
     Frame::Udp { at: at + UDP, len: len - UDP }
+}
+
+/// Where a datagram comes from and where it goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
+    /// Source address and port.
+    pub from: Endpoint,
+    /// Destination address and port.
+    pub to: Endpoint,
+}
+
+/// The addresses and ports of the datagram whose payload [`parse`] has found at `at`.
+///
+/// `None` if an IPv6 address is IPv4 mapped into IPv6 (RFC 4291 section 2.5.5.2): such a packet has no business on a wire,
+/// and would be taken for the IPv4 one.
+#[inline(always)]
+#[must_use]
+pub fn ends(frame: &(impl Bytes + ?Sized), at: usize) -> Option<Ends> {
+    let [s0, s1, d0, d1] = frame.read::<4>(at - UDP)?;
+    let (from_port, to_port) = ([s0, s1], [d0, d1]);
+    // There are no options, so the offset says which header is in front, tag or not.
+    if at < ETHERNET + IPV6 + UDP {
+        let from = frame.read::<4>(at - UDP - 8)?;
+        let to = frame.read::<4>(at - UDP - 4)?;
+        return Some(Ends { from: Endpoint::v4(from, from_port), to: Endpoint::v4(to, to_port) });
+    }
+    let from = frame.read::<16>(at - UDP - 32)?;
+    let to = frame.read::<16>(at - UDP - 16)?;
+    if is_mapped(&from) || is_mapped(&to) {
+        return None;
+    }
+    Some(Ends { from: Endpoint::v6(from, from_port), to: Endpoint::v6(to, to_port) })
+}
+
+const _: () = assert!(ETHERNET + VLAN_TAG + IPV4 + UDP < ETHERNET + IPV6 + UDP);
+
+#[inline(always)]
+fn is_mapped(address: &[u8; 16]) -> bool {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *address;
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h]) == 0 && u32::from_be_bytes([i, j, k, l]) == 0xffff
 }
 
 #[inline(always)]

@@ -6,10 +6,12 @@
 #[cfg(any(test, feature = "frame-table"))]
 extern crate std;
 
+pub mod budget;
 pub mod bytes;
 pub mod channel_data;
 pub mod checksum;
 pub mod classify;
+pub mod decide;
 pub mod drop_reason;
 pub mod frame;
 pub mod frame_kind;
@@ -21,6 +23,7 @@ pub mod steer;
 pub mod steer_table;
 
 pub use classify::{PayloadKind, classify};
+pub use decide::{Verdict, decide};
 pub use drop_reason::{Counters, DropReason};
 pub use frame_kind::{FrameKind, frame_kind};
 pub use maps::{ABI_VERSION, FrameCount};
