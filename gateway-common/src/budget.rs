@@ -58,8 +58,8 @@ mod tests {
             let (mut now, mut state, mut passed) = (0, 1_u64, 0);
             for _ in 0..100_000 {
                 state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                now += (state >> 33) % (rate.interval * 2);
-                if state >> 60 == 0 {
+                now += (state >> 33) % rate.interval;
+                if state >> 54 == 0 {
                     now += rate.interval * rate.burst;
                 }
                 tokens = (rate.interval * rate.burst).min(tokens + (now - last));

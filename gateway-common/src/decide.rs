@@ -233,3 +233,74 @@ fn stun(
     }
     if attribute + 4 > end { Verdict::Drop(DropReason::UnmatchedStun) } else { Verdict::Pass }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use super::*;
+    use crate::decide_table::{World, all};
+
+    #[test]
+    fn every_row_of_the_table_has_its_verdict() {
+        let rows = all();
+        assert!(rows.len() >= 150, "only {} rows", rows.len());
+        for row in rows {
+            assert_eq!(decide(&*row.bytes, &World::example()), row.verdict, "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn every_verdict_and_every_reason_is_in_the_table() {
+        let rows = all();
+        for reason in REASONS {
+            assert!(rows.iter().any(|row| row.verdict == Verdict::Drop(reason)), "no row for {reason:?}");
+        }
+        for strip in [0, 4] {
+            let redirected = |verdict| matches!(verdict, Verdict::Redirect { strip: s, .. } if s == strip);
+            assert!(rows.iter().any(|row| redirected(row.verdict)), "no row strips {strip}");
+        }
+        for row in &rows {
+            if let Verdict::Drop(reason) = row.verdict {
+                assert!(REASONS.contains(&reason), "{}: {reason:?} is not in the list", row.name);
+            }
+        }
+    }
+
+    #[test]
+    fn everything_passes_while_switched_off() {
+        let world = World { enabled: false, ..World::example() };
+        for row in all() {
+            assert_eq!(decide(&*row.bytes, &world), Verdict::Pass, "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn nothing_is_dropped_that_is_not_for_us() {
+        let world = World { local: Default::default(), ..World::example() };
+        for row in all() {
+            assert_eq!(decide(&*row.bytes, &world), Verdict::Pass, "{}", row.name);
+        }
+    }
+
+    #[test]
+    fn strangers_share_one_budget_and_peers_do_not_pay_for_them() {
+        let world = World::example();
+        let row =
+            |name: &str| all().into_iter().find(|row| row.name == name).expect("a row of that name").bytes;
+        let (stranger, peer) =
+            (row("an initiation of a stranger, IPv4"), row("an initiation of a peer, IPv4"));
+        let relayed = row("a relayed initiation, IPv6");
+        let verdicts: Vec<_> = (0..101).map(|_| decide(&*stranger, &world)).collect();
+        assert_eq!(verdicts[99..], [Verdict::Pass, Verdict::Drop(DropReason::HandshakeBudget)]);
+        for own in [peer, relayed] {
+            let verdicts: Vec<_> = (0..11).map(|_| decide(&*own, &world)).collect();
+            assert_eq!(verdicts[9..], [Verdict::Pass, Verdict::Drop(DropReason::HandshakeBudget)]);
+        }
+    }
+
+    #[test]
+    fn a_budget_that_has_gone_drops_nothing() {
+        assert_eq!(handshake(None), Verdict::Pass);
+    }
+}

@@ -152,7 +152,7 @@ fn others() -> Vec<(&'static str, Vec<u8>, FrameKind)> {
 }
 
 /// `tags` are the types of VLAN tags in front of `ethertype`.
-fn ethernet(tags: &[u16], ethertype: u16, packet: &[u8]) -> Vec<u8> {
+pub(crate) fn ethernet(tags: &[u16], ethertype: u16, packet: &[u8]) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
     for tag in tags {
         frame.extend(tag.to_be_bytes());
@@ -170,24 +170,40 @@ fn padded(mut frame: Vec<u8>) -> Vec<u8> {
 }
 
 fn ipv4(protocol: u8, payload: &[u8]) -> Vec<u8> {
+    ipv4_between([192, 0, 2, 1], [192, 0, 2, 2], protocol, payload)
+}
+
+pub(crate) fn ipv4_between(from: [u8; 4], to: [u8; 4], protocol: u8, payload: &[u8]) -> Vec<u8> {
     let [hi, lo] = length(20 + payload.len());
-    let mut packet = vec![0x45, 0, hi, lo, 0, 1, 0x40, 0, 64, protocol, 0, 0, 192, 0, 2, 1, 192, 0, 2, 2];
+    let mut packet = vec![0x45, 0, hi, lo, 0, 1, 0x40, 0, 64, protocol, 0, 0];
+    packet.extend(from);
+    packet.extend(to);
     packet.extend(payload);
     packet
 }
 
 fn ipv6(next: u8, payload: &[u8]) -> Vec<u8> {
+    let from = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    let to = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+    ipv6_between(from, to, next, payload)
+}
+
+pub(crate) fn ipv6_between(from: [u8; 16], to: [u8; 16], next: u8, payload: &[u8]) -> Vec<u8> {
     let [hi, lo] = length(payload.len());
     let mut packet = vec![0x60, 0, 0, 0, hi, lo, next, 64];
-    packet.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
-    packet.extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+    packet.extend(from);
+    packet.extend(to);
     packet.extend(payload);
     packet
 }
 
 fn udp(payload: &[u8]) -> Vec<u8> {
+    udp_between([0xcd, 0x91], [0xcd, 0x91], payload)
+}
+
+pub(crate) fn udp_between([s0, s1]: [u8; 2], [d0, d1]: [u8; 2], payload: &[u8]) -> Vec<u8> {
     let [hi, lo] = length(8 + payload.len());
-    let mut datagram = vec![0xcd, 0x91, 0xcd, 0x91, hi, lo, 0, 0];
+    let mut datagram = vec![s0, s1, d0, d1, hi, lo, 0, 0];
     datagram.extend(payload);
     datagram
 }

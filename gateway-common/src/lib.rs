@@ -12,6 +12,8 @@ pub mod channel_data;
 pub mod checksum;
 pub mod classify;
 pub mod decide;
+#[cfg(any(test, feature = "frame-table"))]
+pub mod decide_table;
 pub mod drop_reason;
 pub mod frame;
 pub mod frame_kind;

@@ -13,6 +13,11 @@ macro_rules! declare {
         pub static $name: aya_ebpf::btf_maps::PerCpuArray<$value, { $capacity }> =
             aya_ebpf::btf_maps::PerCpuArray::new();
     };
+    (@Array $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
+        $(#[$doc])+
+        #[btf_map]
+        pub static $name: aya_ebpf::btf_maps::Array<$value, { $capacity }> = aya_ebpf::btf_maps::Array::new();
+    };
     (@HashMap $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
         $(#[$doc])+
         #[btf_map]
@@ -29,6 +34,12 @@ macro_rules! declare {
         #[btf_map]
         pub static $name: aya_ebpf::btf_maps::ReusePortSockArray<{ $capacity }> =
             aya_ebpf::btf_maps::ReusePortSockArray::new();
+    };
+    // The same, with an AF_XDP socket.
+    (@XskMap $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
+        $(#[$doc])+
+        #[btf_map]
+        pub static $name: aya_ebpf::btf_maps::XskMap<{ $capacity }> = aya_ebpf::btf_maps::XskMap::new();
     };
 }
 

@@ -80,6 +80,8 @@ fn compare(ebpf: &Ebpf, spec: &MapSpec) -> Result<()> {
     let name = spec.name;
     let map = ebpf.map(name).with_context(|| format!("the BPF object has no map {name}"))?;
     let (data, kind) = match map {
+        aya::maps::Map::Array(data) => (data, MapKind::Array),
+        aya::maps::Map::XskMap(data) => (data, MapKind::XskMap),
         aya::maps::Map::PerCpuArray(data) => (data, MapKind::PerCpuArray),
         aya::maps::Map::HashMap(data) => (data, MapKind::HashMap),
         aya::maps::Map::ReusePortSockArray(data) => (data, MapKind::ReusePortSockArray),
@@ -109,6 +111,8 @@ fn compare(ebpf: &Ebpf, spec: &MapSpec) -> Result<()> {
 
 fn map_type(kind: MapKind) -> MapType {
     match kind {
+        MapKind::Array => MapType::Array,
+        MapKind::XskMap => MapType::XskMap,
         MapKind::PerCpuArray => MapType::PerCpuArray,
         MapKind::HashMap => MapType::Hash,
         MapKind::ReusePortSockArray => MapType::ReuseportSockArray,
