@@ -12,11 +12,13 @@ mod uplink;
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf,
-    maps::{Array, MapType},
+    maps::{Array, Map, MapType},
 };
 use gateway_common::maps::{self, MapKind, MapSpec};
 
 pub use steering::{LeftOut, Steering};
+#[cfg(test)]
+use uplink::Uplink;
 
 #[cfg(bpf_object)]
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/firezone-gateway.o"));
@@ -73,6 +75,11 @@ impl KernelPlane {
         }
         Ok(Self { ebpf })
     }
+}
+
+/// A map out of the object, for whoever writes to it.
+fn take(ebpf: &mut Ebpf, spec: &MapSpec) -> Result<Map> {
+    ebpf.take_map(spec.name).with_context(|| format!("the map {} is gone", spec.name))
 }
 
 /// The map that the object made must be the one in the list.

@@ -13,13 +13,13 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf,
-    maps::{HashMap, Map, MapData, ReusePortSockArray},
+    maps::{HashMap, MapData, ReusePortSockArray},
     programs::{SkReuseport, SocketFilter},
 };
-use gateway_common::maps::{self, MAX_WORKERS, MapSpec, Owner, SessionKey, TunnelKey, socket_key};
+use gateway_common::maps::{self, MAX_WORKERS, Owner, SessionKey, TunnelKey, socket_key};
 use gateway_proto::{ConnectionIndex, WorkerId};
 
-use super::{KernelPlane, built_in, tun_ioctl};
+use super::{KernelPlane, built_in, take, tun_ioctl};
 
 // aya's Pod is not ours to implement for the types of the contract; their bytes are cast instead.
 type SessionBytes = [u8; size_of::<SessionKey>()];
@@ -150,10 +150,6 @@ fn set<K: aya::Pod>(map: &mut HashMap<MapData, K, OwnerBytes>, key: &K, worker: 
     let worker = u32::try_from(worker.get()).expect("workers are fewer than MAX_WORKERS");
     let owner: OwnerBytes = bytemuck::cast(Owner { worker });
     map.insert(key, owner, 0).is_ok()
-}
-
-fn take(ebpf: &mut Ebpf, spec: &MapSpec) -> Result<Map> {
-    ebpf.take_map(spec.name).with_context(|| format!("the map {} is gone", spec.name))
 }
 
 fn steer_socket(ebpf: &mut Ebpf) -> Result<&mut SkReuseport> {

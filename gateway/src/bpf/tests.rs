@@ -2,6 +2,7 @@
 //!
 //! Ignored by default, because they need root and the object; `cargo xtask test` runs them where both are there.
 
+mod decide;
 mod network;
 mod rights;
 mod steer_socket;

@@ -1,0 +1,271 @@
+//! One table of frames, and random ones, through `decide` in user space and through the compiled program.
+//!
+//! Frames under 14 bytes are decided in user space only: the kernel's test run does not take them.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd as _,
+};
+
+use aya::programs::{TestRun as _, TestRunOptions};
+use gateway_common::{
+    Counters, Verdict, decide,
+    decide::Purse,
+    decide_table::{self, World},
+    maps::{self, ChannelKey, Endpoint, Outcome},
+};
+use gateway_proto::{ConnectionIndex, WorkerId};
+
+use super::object;
+use crate::bpf::{KernelPlane, Uplink, uplink};
+
+const XDP_DROP: u32 = 1;
+const XDP_PASS: u32 = 2;
+const XDP_REDIRECT: u32 = 4;
+/// The shortest frame that a test run takes.
+const ETHERNET: usize = 14;
+
+/// What the verifier may look at before CI complains. It looks at every path, so this grows faster than the program; the
+/// kernel's own limit is a million.
+const INSTRUCTION_BUDGET: u32 = 60_000;
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_uplink_costs_the_verifier_no_more_than_its_budget() {
+    let mut uplink = loaded();
+    let info = uplink::program(&mut uplink.plane.ebpf).unwrap().info().unwrap();
+    let verified = info.verified_instruction_count().expect("a kernel since 5.16 says it");
+    println!(
+        "uplink: {verified} instructions verified, {} bytes translated",
+        info.size_translated().unwrap()
+    );
+    assert!(verified <= INSTRUCTION_BUDGET, "{verified} instructions are more than {INSTRUCTION_BUDGET}");
+}
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_decides_about_every_row_as_user_space_does() {
+    for bound in [false, true] {
+        let mut uplink = loaded();
+        fill(&mut uplink, &World::example());
+        let _sockets = bound.then(|| bind(&mut uplink));
+        let mut expect: BTreeMap<Outcome, u64> = BTreeMap::new();
+        let mut reasons = Counters::default();
+        for row in decide_table::all().into_iter().filter(|row| row.bytes.len() >= ETHERNET) {
+            assert_eq!(run(&mut uplink, &row.bytes), action(row.verdict, bound), "{}, {bound}", row.name);
+            *expect.entry(outcome(row.verdict, bound)).or_default() += 1;
+            if let Verdict::Drop(reason) = row.verdict {
+                reasons.count(reason);
+            }
+        }
+        let outcomes: BTreeMap<_, _> = uplink.plane.outcomes().unwrap().into_iter().collect();
+        for outcome in Outcome::ALL {
+            let counted = expect.get(outcome).copied().unwrap_or_default();
+            assert_eq!(outcomes[outcome].packets, counted, "{}", outcome.label());
+        }
+        assert_eq!(dropped(&uplink), reasons);
+    }
+}
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_uplink_passes_everything_while_it_is_switched_off() {
+    let mut uplink = loaded();
+    fill(&mut uplink, &World::example());
+    let _sockets = bind(&mut uplink);
+    let rows: Vec<_> = decide_table::all().into_iter().filter(|row| row.bytes.len() >= ETHERNET).collect();
+    uplink.enable(false).unwrap();
+    for row in &rows {
+        assert_eq!(run(&mut uplink, &row.bytes), XDP_PASS, "{}", row.name);
+    }
+    uplink.enable(true).unwrap();
+    for row in &rows {
+        assert_eq!(run(&mut uplink, &row.bytes), action(row.verdict, true), "{}", row.name);
+    }
+}
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_strangers_share_one_budget_and_a_peer_keeps_its_own() {
+    let mut uplink = loaded();
+    fill(&mut uplink, &World::example());
+    let row = |name: &str| decide_table::all().into_iter().find(|row| row.name == name).expect(name).bytes;
+    let (stranger, peer) = (row("an initiation of a stranger, IPv4"), row("an initiation of a peer, IPv4"));
+    let mut passed = |frame: &[u8], sent| (0..sent).filter(|_| run(&mut uplink, frame) == XDP_PASS).count();
+    // The clock runs on: more pass than the burst, and a slow machine lets more pass than a fast one.
+    let strangers = passed(&stranger, 2000);
+    assert!((100..1500).contains(&strangers), "{strangers} of 2000 strangers passed");
+    let own = passed(&peer, 200);
+    assert!((10..150).contains(&own), "{own} of 200 of one peer passed");
+}
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_decides_about_random_frames_as_user_space_does() {
+    let frames = std::env::var("GATEWAY_FRAMES").ok().map_or(100_000, |n| n.parse().expect("GATEWAY_FRAMES"));
+    let samples: Vec<_> = decide_table::all()
+        .into_iter()
+        .map(|row| row.bytes)
+        .filter(|bytes| bytes.len() >= ETHERNET)
+        .collect();
+    let fresh = World::example();
+    let mut uplink = loaded();
+    fill(&mut uplink, &fresh);
+    let _sockets = bind(&mut uplink);
+    let mut random = Random(0x6a09_e667_f3bc_c908);
+    let mut seen: BTreeMap<u32, u64> = BTreeMap::new();
+    let mut reasons = Counters::default();
+    for number in 0..frames {
+        let mut frame = samples[random.below(samples.len())].clone();
+        for _ in 0..random.below(4) {
+            mutate(&mut frame, &mut random);
+        }
+        let world = World::example();
+        let verdict = decide(&*frame, &world);
+        let found = run(&mut uplink, &frame);
+        assert_eq!(found, action(verdict, true), "frame {number}, {verdict:?}: {frame:02x?}");
+        *seen.entry(found).or_default() += 1;
+        if let Verdict::Drop(reason) = verdict {
+            reasons.count(reason);
+        }
+        // What this frame has taken out of a budget is put back, or the clock would decide about the next one.
+        let spent =
+            world.peers != fresh.peers || world.channels != fresh.channels || world.anyone != fresh.anyone;
+        if spent {
+            set_budgets(&mut uplink, &fresh);
+        }
+    }
+    assert_eq!(dropped(&uplink), reasons);
+    assert_eq!(seen.len(), 3, "drop, pass and redirect must all be among them: {seen:?}");
+    println!("{frames} random frames: {seen:?}, {reasons:?}");
+}
+
+fn loaded() -> Uplink {
+    Uplink::load(KernelPlane::open(object()).unwrap()).unwrap()
+}
+
+/// Enters what `world` holds, through the writers of the daemon where they can say it.
+fn fill(uplink: &mut Uplink, world: &World) {
+    let mut relays = BTreeMap::new();
+    for (at, id) in &world.relays {
+        relays.insert(*id, address(at));
+        uplink.set_relay(address(at), true);
+    }
+    for (relay, number) in world.channels.borrow().keys() {
+        uplink.set_channel(relays[relay], u16::try_from(*number).unwrap(), true);
+    }
+    world.local.iter().for_each(|at| uplink.set_local(address(at), true));
+    world.peers.borrow().keys().for_each(|at| uplink.set_peer(address(at), true));
+    world.ufrags.iter().for_each(|ufrag| uplink.set_ufrag(*ufrag, true));
+    for (connection, worker) in &world.sessions {
+        let worker = WorkerId::new(usize::try_from(*worker).unwrap()).unwrap();
+        uplink.set_session(ConnectionIndex::new(*connection).unwrap(), Some(worker));
+    }
+    set_budgets(uplink, world);
+    uplink.enable(world.enabled).unwrap();
+    assert_eq!(uplink.left_out().map(|(_, left_out)| left_out), [0; 6]);
+}
+
+/// Budgets as they are in `world`: used up or full.
+fn set_budgets(uplink: &mut Uplink, world: &World) {
+    for ((address, port), budget) in world.peers.borrow().iter() {
+        uplink.set_budget(&Purse::Peer(Endpoint::v6(*address, *port)), *budget);
+    }
+    for ((relay, number), budget) in world.channels.borrow().iter() {
+        let at = world.relays.iter().find(|(_, id)| *id == relay).expect("a channel of a relay").0;
+        let relay = uplink.relay_id(address(at)).expect("it is entered");
+        uplink.set_budget(&Purse::Channel(ChannelKey { relay, number: *number }), *budget);
+    }
+    uplink.set_budget(&Purse::Anyone, *world.anyone.borrow());
+}
+
+/// An AF_XDP socket in the slot of every worker, on the queue that a test run claims to be. They are bound to nothing:
+/// a test run stops at the verdict.
+fn bind(uplink: &mut Uplink) -> socket2::Socket {
+    let socket = socket2::Socket::new(libc::AF_XDP.into(), socket2::Type::RAW, None).unwrap();
+    for worker in 0..maps::MAX_WORKERS {
+        uplink.set_socket(0, WorkerId::new(worker).unwrap(), Some(socket.as_fd())).unwrap();
+    }
+    socket
+}
+
+/// What the program returns; that it has left the frame as it is, too.
+fn run(uplink: &mut Uplink, frame: &[u8]) -> u32 {
+    let mut out = vec![0; frame.len()];
+    let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
+    let result = uplink::program(&mut uplink.plane.ebpf).unwrap().test_run(options).unwrap();
+    assert_eq!(out, frame, "the frame was changed");
+    result.return_value
+}
+
+fn action(verdict: Verdict, bound: bool) -> u32 {
+    match verdict {
+        Verdict::Pass => XDP_PASS,
+        Verdict::Drop(_) => XDP_DROP,
+        Verdict::Redirect { .. } if bound => XDP_REDIRECT,
+        Verdict::Redirect { .. } => XDP_PASS,
+    }
+}
+
+fn outcome(verdict: Verdict, bound: bool) -> Outcome {
+    match verdict {
+        Verdict::Pass => Outcome::Passed,
+        Verdict::Drop(_) => Outcome::Dropped,
+        Verdict::Redirect { .. } if bound => Outcome::Redirected,
+        Verdict::Redirect { .. } => Outcome::NoSocket,
+    }
+}
+
+fn dropped(uplink: &Uplink) -> Counters {
+    let mut counters = Counters::default();
+    for (reason, count) in uplink.plane.drops().unwrap() {
+        counters.add(reason, count.packets);
+    }
+    counters
+}
+
+fn address((address, port): &([u8; 16], [u8; 2])) -> SocketAddr {
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::from(*address)).to_canonical(), u16::from_be_bytes(*port))
+}
+
+/// Changes, cuts or lengthens a frame; mostly where it matters.
+fn mutate(frame: &mut Vec<u8>, random: &mut Random) {
+    const INTERESTING: [u8; 10] = [0, 1, 2, 3, 4, 6, 0x40, 0x45, 0x60, 0xff];
+    match random.below(8) {
+        0 => frame.truncate(ETHERNET + random.below(frame.len() - ETHERNET + 1)),
+        1 => frame.extend(vec![4; random.below(40)]),
+        2 => {
+            let at = random.below(frame.len());
+            frame[at] ^= 1 << random.below(8);
+        }
+        kind => {
+            let reach = if kind < 6 { frame.len().min(90) } else { frame.len() };
+            let at = random.below(reach);
+            frame[at] = match random.below(2) {
+                0 => INTERESTING[random.below(INTERESTING.len())],
+                _ => random.byte(),
+            };
+        }
+    }
+}
+
+/// Marsaglia's xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        usize::try_from((self.next() >> 11) % end as u64).expect("smaller than `end`")
+    }
+
+    fn byte(&mut self) -> u8 {
+        self.next().to_be_bytes()[2]
+    }
+}
