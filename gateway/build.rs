@@ -28,10 +28,15 @@ fn main() {
             object
         }
     };
-    println!("cargo::rerun-if-changed={}", object.display());
-    let out =
-        PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("firezone-gateway.o");
-    std::fs::copy(&object, &out)
-        .unwrap_or_else(|error| panic!("cannot copy {} to {}: {error}", object.display(), out.display()));
+    // Made by the same command. An object from elsewhere may come alone; steering then needs the rights of all of it.
+    let steering = Some(object.with_file_name("firezone-steering.o")).filter(|object| object.is_file());
+    for (object, name) in
+        [(&object, "firezone-gateway.o"), (steering.as_ref().unwrap_or(&object), "firezone-steering.o")]
+    {
+        println!("cargo::rerun-if-changed={}", object.display());
+        let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(name);
+        std::fs::copy(object, &out)
+            .unwrap_or_else(|error| panic!("cannot copy {} to {}: {error}", object.display(), out.display()));
+    }
     println!("cargo::rustc-cfg=bpf_object");
 }

@@ -13,7 +13,7 @@ pub const ABI_SECTION: &str = ".rodata.abi";
 /// entries.
 pub const MAX_WORKERS: usize = 64;
 
-/// How many clients the kernel is told of. Far more than one gateway serves, and the empty maps take 3 MiB (16 bytes for
+/// How many clients the kernel is told of. Far more than one gateway serves, and the empty maps take 6 MiB (16 bytes for
 /// each entry they may get; entries themselves are allocated when they come). A client beyond it is steered by nothing
 /// and reaches its worker through the other workers.
 pub const MAX_CLIENTS: usize = 65_536;

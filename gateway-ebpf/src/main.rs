@@ -6,10 +6,12 @@
 #![no_main]
 
 mod maps;
+#[cfg(feature = "uplink")]
 mod packet;
 mod skb;
 mod steer_socket;
 mod steer_tun;
+#[cfg(feature = "uplink")]
 mod uplink;
 
 /// Which contract this object was built for; the loader compares it with its own. A map of its own, because that is

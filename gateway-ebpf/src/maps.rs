@@ -38,6 +38,7 @@ macro_rules! declare {
     // The same, with an AF_XDP socket.
     (@XskMap $(#[$doc:meta])+ $name:ident, $key:ty, $value:ty, $capacity:expr) => {
         $(#[$doc])+
+        #[cfg(feature = "uplink")]
         #[btf_map]
         pub static $name: aya_ebpf::btf_maps::XskMap<{ $capacity }> = aya_ebpf::btf_maps::XskMap::new();
     };

@@ -1,6 +1,7 @@
-//! `cargo xtask build-ebpf`: compiles `gateway-ebpf` to the object that `gateway/build.rs` embeds.
+//! `cargo xtask build-ebpf`: compiles `gateway-ebpf` to the two objects that `gateway/build.rs` embeds: all of it, and the
+//! steering programs without what needs more rights than they do.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -25,12 +26,22 @@ pub fn build(log: bool) -> Result<PathBuf> {
     let linker = toolchain::bpf_linker().with_context(|| format!("bpf-linker is not installed; {CURE}"))?;
     println!("build-ebpf: with {toolchain} and {}", linker.display());
 
-    let object = object();
+    compile(&toolchain, &linker, log, &object().with_file_name("firezone-steering.o"), false)?;
+    compile(&toolchain, &linker, log, &object(), true)?;
+    Ok(object())
+}
+
+/// One object; `whole` is with XDP.
+fn compile(toolchain: &Toolchain, linker: &Path, log: bool, object: &Path, whole: bool) -> Result<()> {
     let folder = object.parent().expect("the object is in a folder").join("cargo");
     let mut cargo = toolchain.cargo_bpf("build");
     cargo.args(["--release", "--locked", "--manifest-path", "gateway-ebpf/Cargo.toml"]);
     cargo.arg("--target-dir").arg(&folder);
-    if log {
+    if !whole {
+        cargo.arg("--no-default-features");
+    }
+    // Only `uplink` logs.
+    if log && whole {
         cargo.args(["--features", "log"]);
     }
     let linker = format!("-Clinker={}", linker.display());
@@ -43,11 +54,11 @@ pub fn build(log: bool) -> Result<PathBuf> {
     let built = folder.join(toolchain::TARGET).join("release/firezone-gateway");
     let bytes = std::fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     // An object that did not change must not make cargo build the daemon again.
-    if std::fs::read(&object).ok().as_ref() != Some(&bytes) {
-        std::fs::write(&object, &bytes).with_context(|| format!("cannot write {}", object.display()))?;
+    if std::fs::read(object).ok().as_ref() != Some(&bytes) {
+        std::fs::write(object, &bytes).with_context(|| format!("cannot write {}", object.display()))?;
     }
     println!("build-ebpf: {} ({} bytes)", object.display(), bytes.len());
-    Ok(object)
+    Ok(())
 }
 
 /// Checks the kernel plane for the machine that `architecture` names, as rustc does (`aarch64`); nothing is linked.

@@ -41,7 +41,8 @@ impl Pins {
         let made = fs::DirBuilder::new().mode(0o700).create(folder);
         match made {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(e).with_context(|| format!("cannot make the folder {} for the maps", folder.display()));
+                return Err(e)
+                    .with_context(|| format!("cannot make the folder {} for the maps", folder.display()));
             }
             _ => {}
         }

@@ -19,7 +19,7 @@ use aya::{
 use gateway_common::maps::{self, MAX_WORKERS, Owner, SessionKey, TunnelKey, socket_key};
 use gateway_proto::{ConnectionIndex, WorkerId};
 
-use super::{KernelPlane, built_in, take, tun_ioctl};
+use super::{KernelPlane, built_in_steering, take, tun_ioctl};
 
 // aya's Pod is not ours to implement for the types of the contract; their bytes are cast instead.
 type SessionBytes = [u8; size_of::<SessionKey>()];
@@ -51,7 +51,8 @@ impl Steering {
     /// # Errors
     /// One sentence: built without the object, no CAP_BPF, or a kernel that does not take the programs.
     pub fn load() -> Result<Self> {
-        Self::load_object(built_in().context("built without the kernel programs")?).map_err(name_the_right)
+        Self::load_object(built_in_steering().context("built without the kernel programs")?)
+            .map_err(name_the_right)
     }
 
     fn load_object(object: &[u8]) -> Result<Self> {

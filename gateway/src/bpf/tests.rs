@@ -4,6 +4,7 @@
 
 mod decide;
 mod network;
+mod pins;
 mod rights;
 mod steer_socket;
 mod steer_tun;

@@ -165,6 +165,7 @@ fn fill(uplink: &mut Uplink, world: &World) {
     set_budgets(uplink, world);
     uplink.enable(world.enabled).unwrap();
     assert_eq!(uplink.left_out().map(|(_, left_out)| left_out), [0; 6]);
+    assert!(!uplink.must_pass());
 }
 
 /// Budgets as they are in `world`: used up or full.
