@@ -27,7 +27,7 @@ pub enum Verdict {
         /// The worker that owns the client.
         worker: u32,
         /// Bytes of UDP payload in front of the WireGuard message: 4 if there is a ChannelData header, else 0.
-        strip: u32,
+        strip: usize,
     },
     /// It is dropped.
     Drop(DropReason),
@@ -132,14 +132,14 @@ fn relayed(
     let (at, len) = (at + channel_data::HEADER_LEN, outer.len - channel_data::HEADER_LEN);
     let Some(inner) = Prefix::read(packet, at, len) else { return Verdict::Pass };
     match classify_prefix(&inner) {
-        PayloadKind::Data => redirect(index_of(&inner), channel_data::HEADER_LEN as u32, maps),
+        PayloadKind::Data => redirect(index_of(&inner), channel_data::HEADER_LEN, maps),
         PayloadKind::HandshakeInitiation => handshake(maps.spend(&Purse::Channel(key))),
         _ => Verdict::Pass,
     }
 }
 
 #[inline(always)]
-fn redirect(index: [u8; 4], strip: u32, maps: &impl Look) -> Verdict {
+fn redirect(index: [u8; 4], strip: usize, maps: &impl Look) -> Verdict {
     match maps.session(&session(index)) {
         Some(owner) => Verdict::Redirect { worker: owner.worker, strip },
         None => Verdict::Drop(DropReason::UnknownSession),

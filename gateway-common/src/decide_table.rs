@@ -25,19 +25,22 @@ pub struct Row {
     pub verdict: Verdict,
 }
 
+/// Address and port, as in [`Endpoint`].
+pub type At = ([u8; 16], [u8; 2]);
+
 /// The maps of the kernel plane, in user space.
 #[derive(Debug, Default)]
 pub struct World {
     /// See [`Config`](crate::maps::Config).
     pub enabled: bool,
     /// See [`LOCAL`](crate::maps::LOCAL).
-    pub local: BTreeSet<([u8; 16], [u8; 2])>,
+    pub local: BTreeSet<At>,
     /// See [`RELAYS`](crate::maps::RELAYS).
-    pub relays: BTreeMap<([u8; 16], [u8; 2]), u32>,
+    pub relays: BTreeMap<At, u32>,
     /// See [`CHANNELS`](crate::maps::CHANNELS).
     pub channels: RefCell<BTreeMap<(u32, u32), Budget>>,
     /// See [`PEERS`](crate::maps::PEERS).
-    pub peers: RefCell<BTreeMap<([u8; 16], [u8; 2]), Budget>>,
+    pub peers: RefCell<BTreeMap<At, Budget>>,
     /// See [`HANDSHAKES`](crate::maps::HANDSHAKES).
     pub anyone: RefCell<Budget>,
     /// See [`SESSIONS`](crate::maps::SESSIONS).

@@ -17,9 +17,6 @@ use gateway_common::maps;
 
 use super::KernelPlane;
 
-/// Where maps are pinned unless `--bpffs` says otherwise.
-pub const DEFAULT: &str = "/sys/fs/bpf/firezone-gateway";
-
 /// linux/magic.h
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
@@ -48,7 +45,7 @@ impl Pins {
         }
         let kind = rustix::fs::statfs(folder)
             .with_context(|| format!("cannot look at the folder {} for the maps", folder.display()))?;
-        #[expect(clippy::cast_sign_loss, clippy::allow_attributes, reason = "a magic number, not a count")]
+        #[expect(clippy::cast_sign_loss, reason = "a magic number, not a count")]
         let magic = kind.f_type as u64 & 0xffff_ffff;
         ensure!(
             magic == BPF_FS_MAGIC,

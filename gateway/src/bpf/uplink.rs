@@ -319,7 +319,7 @@ impl<const K: usize, const V: usize> Table<K, V> {
             return;
         };
         let there = matches!(write, Write::KeepOld) && self.map.get(&key, 0).is_ok();
-        if !there && self.map.insert(&key, bytes::<V>(&value), 0).is_err() {
+        if !there && self.map.insert(key, bytes::<V>(&value), 0).is_err() {
             self.left_out += 1;
         }
     }
