@@ -37,18 +37,26 @@ pub enum Frame {
     MalformedUdp,
 }
 
-const ETHERNET: usize = 14;
-const VLAN_TAG: usize = 4;
-const IPV4: usize = 20;
-const IPV6: usize = 40;
-const UDP: usize = 8;
+/// Bytes of an Ethernet header (IEEE 802.3).
+pub const ETHERNET: usize = 14;
+/// Bytes of an IEEE 802.1Q tag.
+pub const VLAN_TAG: usize = 4;
+/// Bytes of an IPv4 header without options (RFC 791 section 3.1).
+pub const IPV4: usize = 20;
+/// Bytes of an IPv6 header (RFC 8200 section 3).
+pub const IPV6: usize = 40;
+/// Bytes of a UDP header (RFC 768).
+pub const UDP: usize = 8;
 
-const TYPE_IPV4: u16 = 0x0800;
-const TYPE_IPV6: u16 = 0x86dd;
+/// The EtherType of IPv4.
+pub const TYPE_IPV4: u16 = 0x0800;
+/// The EtherType of IPv6.
+pub const TYPE_IPV6: u16 = 0x86dd;
 /// IEEE 802.1Q and 802.1ad.
-const TYPE_VLAN: [u16; 2] = [0x8100, 0x88a8];
+pub const TYPE_VLAN: [u16; 2] = [0x8100, 0x88a8];
 
-const PROTOCOL_UDP: u8 = 17;
+/// The protocol number of UDP.
+pub const PROTOCOL_UDP: u8 = 17;
 const IPV6_FRAGMENT: u8 = 44;
 /// Hop-by-hop, routing, ESP, AH, destination options, mobility, HIP, shim6 (IANA "IPv6 Extension Header Types").
 const IPV6_EXTENSIONS: [u8; 8] = [0, 43, 50, 51, 60, 135, 139, 140];

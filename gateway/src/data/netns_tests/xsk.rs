@@ -167,6 +167,17 @@ fn send(port: &mut Port<Socket>, bytes: &[u8]) {
     assert!(port.commit(0, bytes.len()));
 }
 
+/// As the worker's thread does: what the kernel did not take is offered again.
+fn flush_all(port: &mut Port<Socket>) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    port.flush();
+    while port.is_blocked() {
+        assert!(Instant::now() < deadline, "the kernel takes nothing");
+        std::thread::sleep(Duration::from_millis(1));
+        port.flush();
+    }
+}
+
 fn counted(port: &mut Port<Socket>) -> Vec<(DropReason, u64)> {
     let mut drops = Counters::default();
     port.count_drops(&mut drops);
@@ -223,7 +234,7 @@ fn xsk_frames_reach_their_worker_on_every_queue_and_answers_reach_who_asked() {
                         send(&mut ports[usize::from(round) % 2][1], &answer(frame));
                     }
                     for ports in &mut ports {
-                        ports[1].flush();
+                        flush_all(&mut ports[1]);
                     }
                     for (number, sender) in (0..).zip(&senders) {
                         for _ in 0..6 * (WORKERS - 1) {

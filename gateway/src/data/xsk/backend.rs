@@ -14,7 +14,7 @@ use std::{
 
 use gateway_common::{
     Counters, DropReason,
-    frame::{Frame, parse},
+    frame::{ETHERNET, Frame, IPV4, IPV6, TYPE_VLAN, UDP, VLAN_TAG, parse},
 };
 use gateway_proto::{Datagram, Ecn, Route, addr::MAX_DATAGRAM};
 
@@ -239,19 +239,18 @@ pub fn datagrams<'a>(batch: &'a Batch, refused: &'a Refused) -> impl Iterator<It
 }
 
 fn datagram(frame: &[u8]) -> Option<Datagram<'_>> {
-    const VLAN_TYPES: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xa8]];
     let Frame::Udp { at, len } = parse(frame) else { return None };
     let (headers, payload) = frame.split_at_checked(at)?;
-    let (headers, udp) = headers.split_last_chunk::<8>()?;
-    let tagged = VLAN_TYPES.contains(headers[12..].first_chunk()?);
-    let ip = headers.get(if tagged { 18 } else { 14 }..)?;
+    let (headers, udp) = headers.split_last_chunk::<UDP>()?;
+    let tagged = TYPE_VLAN.contains(&u16::from_be_bytes(*headers[ETHERNET - 2..].first_chunk()?));
+    let ip = headers.get(if tagged { ETHERNET + VLAN_TAG } else { ETHERNET }..)?;
     // Neither options nor extension headers.
     let (from, local, tos): (IpAddr, IpAddr, u8) = match ip.len() {
-        20 => {
+        IPV4 => {
             let (from, local): ([u8; 4], [u8; 4]) = (*ip[12..].first_chunk()?, *ip[16..].first_chunk()?);
             (from.into(), local.into(), ip[1])
         }
-        40 => {
+        IPV6 => {
             let (from, local): ([u8; 16], [u8; 16]) = (*ip[8..].first_chunk()?, *ip[24..].first_chunk()?);
             (from.into(), local.into(), ip[1] >> 4)
         }

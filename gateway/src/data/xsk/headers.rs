@@ -11,17 +11,15 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use gateway_common::checksum;
+use gateway_common::{
+    checksum,
+    frame::{ETHERNET, IPV4, IPV6, PROTOCOL_UDP, TYPE_IPV4, TYPE_IPV6, UDP},
+};
 use gateway_proto::Ecn;
 
 /// Where the payload begins in a frame: behind the longest headers, aligned.
 pub const PAYLOAD_AT: usize = 64;
 
-const ETHERNET: usize = 14;
-const IPV4: usize = 20;
-const IPV6: usize = 40;
-const UDP: usize = 8;
-const PROTOCOL_UDP: u8 = 17;
 /// The kernel's default (`net.ipv4.ip_default_ttl`, `net.ipv6.conf.*.hop_limit`).
 const TTL: u8 = 64;
 
@@ -73,7 +71,7 @@ impl Way {
                 headers[ip + 9] = PROTOCOL_UDP;
                 headers[ip + 12..ip + 16].copy_from_slice(&src.octets());
                 headers[ip + 16..ip + 20].copy_from_slice(&dst.octets());
-                (false, ip, 0x0800_u16, ip + 12..ip + 20)
+                (false, ip, TYPE_IPV4, ip + 12..ip + 20)
             }
             (IpAddr::V6(src), IpAddr::V6(dst)) => {
                 let ip = udp - IPV6;
@@ -82,7 +80,7 @@ impl Way {
                 headers[ip + 7] = TTL;
                 headers[ip + 8..ip + 24].copy_from_slice(&src.octets());
                 headers[ip + 24..ip + 40].copy_from_slice(&dst.octets());
-                (true, ip, 0x86dd, ip + 8..ip + 40)
+                (true, ip, TYPE_IPV6, ip + 8..ip + 40)
             }
             _ => return None,
         };

@@ -9,6 +9,8 @@ use std::{
     os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
+use gateway_common::frame::{ETHERNET, IPV4, IPV6, PROTOCOL_UDP, TYPE_IPV4, TYPE_IPV6, UDP};
+
 /// The first port.
 pub const PORT: u16 = 52_625;
 /// Ports, and slots of each queue.
@@ -109,28 +111,31 @@ fn call(command: u32, attributes: &[u8]) -> io::Result<i32> {
 
 /// The program over the map `map`.
 fn program(map: i32) -> Vec<u64> {
+    // Where the protocol is in an IP header, and the destination port in a UDP header.
+    let (protocol_v4, protocol_v6, port) = (ETHERNET as i16 + 9, ETHERNET as i16 + 6, 2);
+    let (udp_v4, udp_v6) = ((ETHERNET + IPV4) as i16, (ETHERNET + IPV6) as i16);
     // Registers 0 to 9, r1 is the context; jumps are by names.
     let mut code = Code::default();
     code.add(0x61, 2, 1, 0, 0); // r2 = data
     code.add(0x61, 3, 1, 4, 0); // r3 = data_end
     code.add(0xbf, 4, 2, 0, 0); // r4 = r2
-    code.add(0x07, 4, 0, 0, 42); // r4 += Ethernet, IPv4, UDP
+    code.add(0x07, 4, 0, 0, (ETHERNET + IPV4 + UDP) as i32);
     code.jump(0x2d, 4, 3, 0, "pass"); // shorter
-    code.add(0x69, 5, 2, 12, 0); // r5 = type
-    code.jump(0x15, 5, 0, i32::from(u16::to_be(0x0800)), "v4");
-    code.jump(0x15, 5, 0, i32::from(u16::to_be(0x86dd)), "v6");
+    code.add(0x69, 5, 2, ETHERNET as i16 - 2, 0); // r5 = type
+    code.jump(0x15, 5, 0, i32::from(u16::to_be(TYPE_IPV4)), "v4");
+    code.jump(0x15, 5, 0, i32::from(u16::to_be(TYPE_IPV6)), "v6");
     code.jump(0x05, 0, 0, 0, "pass");
     code.label("v4");
-    code.add(0x71, 5, 2, 23, 0); // r5 = protocol
-    code.jump(0x55, 5, 0, 17, "pass");
-    code.add(0x69, 5, 2, 36, 0); // r5 = destination port
+    code.add(0x71, 5, 2, protocol_v4, 0); // r5 = protocol
+    code.jump(0x55, 5, 0, PROTOCOL_UDP.into(), "pass");
+    code.add(0x69, 5, 2, udp_v4 + port, 0); // r5 = destination port
     code.jump(0x05, 0, 0, 0, "port");
     code.label("v6");
-    code.add(0x07, 4, 0, 0, 20);
+    code.add(0x07, 4, 0, 0, (IPV6 - IPV4) as i32);
     code.jump(0x2d, 4, 3, 0, "pass");
-    code.add(0x71, 5, 2, 20, 0);
-    code.jump(0x55, 5, 0, 17, "pass");
-    code.add(0x69, 5, 2, 56, 0);
+    code.add(0x71, 5, 2, protocol_v6, 0);
+    code.jump(0x55, 5, 0, PROTOCOL_UDP.into(), "pass");
+    code.add(0x69, 5, 2, udp_v6 + port, 0);
     code.label("port");
     code.add(0xdc, 5, 0, 0, 16); // from network order
     code.jump(0xa5, 5, 0, i32::from(PORT), "pass"); // lower
