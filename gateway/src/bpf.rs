@@ -3,12 +3,17 @@
 //! It spells no map's name, type or size: those are in `gateway_common::maps`, and [`KernelPlane::open`] compares what
 //! the object made with that list. It decides nothing about interfaces or modes.
 
+#![cfg_attr(not(test), expect(dead_code, reason = "only tests load all of it until the runtime does"))]
+
+mod owners;
 mod pins;
 mod steering;
 #[cfg(test)]
 mod tests;
 mod tun_ioctl;
 mod uplink;
+
+use std::{io, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
@@ -17,9 +22,9 @@ use aya::{
 };
 use gateway_common::maps::{self, MapKind, MapSpec};
 
-pub use steering::{LeftOut, Steering};
-#[cfg(test)]
-use uplink::Uplink;
+pub use owners::{LeftOut, Owners};
+pub use pins::Pins;
+pub use uplink::Uplink;
 
 #[cfg(bpf_object)]
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/firezone-gateway.o"));
@@ -92,6 +97,103 @@ impl KernelPlane {
         }
         Ok(Self { ebpf })
     }
+}
+
+/// What of us is in the kernel: one object, its maps once, and their writers.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The programs, for attaching them and for their counters.
+    pub plane: KernelPlane,
+    /// Whose each client is.
+    pub owners: Owners,
+    /// The tables of `uplink`; `None` without that program.
+    pub uplink: Option<Uplink>,
+    pins: Option<Pins>,
+}
+
+impl Kernel {
+    /// Loads the steering programs, with empty maps and attached to nothing. Needs CAP_BPF, no other right.
+    ///
+    /// # Errors
+    /// One sentence: built without the object, no CAP_BPF, or a kernel that does not take the programs.
+    pub fn steering() -> Result<Self> {
+        let object = built_in_steering().context("built without the kernel programs")?;
+        let load = || {
+            let mut plane = KernelPlane::open(object)?;
+            plane.load_steering()?;
+            let owners = Owners::take(&mut plane)?;
+            Ok(Self { plane, owners, uplink: None, pins: None })
+        };
+        load().map_err(name_the_right)
+    }
+
+    /// Loads all programs, with empty maps and attached to nothing, `uplink` switched off. The maps are pinned in `folder`;
+    /// if they cannot be, that is said in the log, and everything works all the same.
+    ///
+    /// # Errors
+    /// As for [`Kernel::steering`]; this needs CAP_NET_ADMIN too.
+    pub fn whole(folder: Option<&Path>) -> Result<Self> {
+        Self::whole_of(built_in().context("built without the kernel programs")?, folder)
+            .map_err(name_the_right)
+    }
+
+    fn whole_of(object: &[u8], folder: Option<&Path>) -> Result<Self> {
+        let mut plane = KernelPlane::open(object)?;
+        plane.load_steering()?;
+        plane.load_uplink()?;
+        let pins = folder.map(|folder| Pins::make(&plane, folder)).and_then(|pins| {
+            pins.inspect_err(|e| tracing::info!("The kernel's maps have no names in a bpffs: {e:#}")).ok()
+        });
+        let owners = Owners::take(&mut plane)?;
+        let uplink = Some(Uplink::take(&mut plane)?);
+        Ok(Self { plane, owners, uplink, pins })
+    }
+
+    /// Where the maps are pinned.
+    pub fn pinned(&self) -> Option<&Path> {
+        self.pins.as_ref().map(Pins::folder)
+    }
+
+    /// Switches the decisions of `uplink` on or off, for the very next frame; the program stays attached, because
+    /// detaching resets many drivers. It is never on while [`Kernel::must_pass`]. Returns what it is now.
+    ///
+    /// # Errors
+    /// If the kernel does not let the map be written.
+    pub fn enable(&mut self, enabled: bool) -> Result<bool> {
+        let enabled = enabled && !self.must_pass();
+        match &mut self.uplink {
+            Some(uplink) => uplink.enable(enabled).map(|()| enabled),
+            None => Ok(false),
+        }
+    }
+
+    /// True if something does not fit into a map whose absence there makes `uplink` drop what a worker would take: it must
+    /// be off then. LOCAL and PEERS are none of these: without an entry frames pass, or share the strangers' budget. Once
+    /// true it stays so: nobody remembers what was left out.
+    #[must_use]
+    pub fn must_pass(&self) -> bool {
+        self.uplink.as_ref().is_some_and(|uplink| uplink.must_pass() || self.owners.left_out().sessions > 0)
+    }
+
+    /// How often a map did not take an entry, by its name.
+    pub fn left_out(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let LeftOut { sessions, tunnels } = self.owners.left_out();
+        let owners = [(maps::SESSIONS.name, sessions), (maps::TUNNELS.name, tunnels)];
+        owners.into_iter().chain(self.uplink.iter().flat_map(Uplink::left_out))
+    }
+}
+
+/// The kernel says EPERM where a right is missing, not which; the verifier says something else.
+fn name_the_right(error: anyhow::Error) -> anyhow::Error {
+    let refused = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<io::Error>().is_some_and(|e| e.raw_os_error() == Some(libc::EPERM))
+    };
+    if error.chain().any(refused) {
+        return error.context(
+            "no BPF rights: grant CAP_BPF (in a container, its seccomp profile must let bpf(2) pass too)",
+        );
+    }
+    error
 }
 
 /// A map out of the object, for whoever writes to it.

@@ -27,7 +27,6 @@ use tokio::{
 };
 
 use crate::{
-    bpf::LeftOut,
     clock,
     condition::Condition,
     data::{
@@ -304,9 +303,9 @@ impl Runtime {
             }
         }
         self.reported = now;
-        let left_out = self.data.not_steered();
-        if left_out != LeftOut::default() {
-            tracing::debug!(?left_out, "The kernel steers not all clients");
+        let left_out = self.data.left_out();
+        if !left_out.is_empty() {
+            tracing::debug!(?left_out, "The kernel's maps do not hold all");
         }
     }
 

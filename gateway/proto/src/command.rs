@@ -117,6 +117,8 @@ pub struct ConnectionKeys {
     pub public_key: [u8; 32],
     /// The pair's preshared key.
     pub preshared_key: Zeroizing<[u8; 32]>,
+    /// The first four bytes of the USERNAME in connectivity checks that are for us (connections.md section 5).
+    pub ufrag: [u8; 4],
 }
 
 impl std::fmt::Debug for ConnectionKeys {

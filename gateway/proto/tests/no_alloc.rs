@@ -367,6 +367,7 @@ fn worker(id: usize, relayed: bool, accounted: bool, now: Instant) -> Worker {
         index: ConnectionIndex::new(5).unwrap(),
         public_key,
         preshared_key: Zeroizing::new([9; 32]),
+        ufrag: *b"abcd",
     };
     let path = if relayed {
         Path::Relayed { server: server(), channel: Some(CHANNEL), remote: remote() }

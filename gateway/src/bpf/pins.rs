@@ -1,11 +1,6 @@
 //! The maps' names in a bpffs, for `bpftool map dump pinned`. Nothing is read back from there: every start makes fresh maps
 //! and puts them in place of what an earlier one left. Links are never pinned, so nothing outlives the daemon but names.
 
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "only the BPF object tests pin until there is a fast path")
-)]
-
 use std::{
     fs, io,
     os::unix::fs::DirBuilderExt as _,
@@ -66,6 +61,11 @@ impl Pins {
             map.pin(&path).with_context(|| format!("cannot pin a map as {}", path.display()))?;
         }
         Ok(pins)
+    }
+
+    /// Where they are.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 }
 

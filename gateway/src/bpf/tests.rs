@@ -15,10 +15,19 @@ use std::process::Command;
 use gateway_common::{maps, steer_table::CONNECTION};
 use gateway_proto::{ConnectionIndex, WorkerId};
 
-use super::{Steering, built_in};
+use super::{Kernel, Uplink, built_in};
 
 fn object() -> &'static [u8] {
     built_in().expect("built without the BPF object; run `cargo xtask build-ebpf` first")
+}
+
+/// All programs, attached to nothing; and the tables of `uplink`.
+fn whole() -> Kernel {
+    Kernel::whole(None).unwrap()
+}
+
+fn uplink(kernel: &mut Kernel) -> &mut Uplink {
+    kernel.uplink.as_mut().expect("the whole object has it")
 }
 
 #[test]
@@ -47,9 +56,9 @@ fn bpf_object_is_accepted_by_bpftool() {
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_maps_are_shown_with_the_names_of_their_fields() {
-    let mut steering = Steering::load().unwrap();
-    steering.set_session(ConnectionIndex::new(CONNECTION).unwrap(), WorkerId::new(3));
-    steering.set_tunnel("fd00:2021:1111::7".parse().unwrap(), WorkerId::new(4));
+    let mut steering = Kernel::steering().unwrap();
+    steering.owners.set_session(ConnectionIndex::new(CONNECTION).unwrap(), WorkerId::new(3));
+    steering.owners.set_tunnel("fd00:2021:1111::7".parse().unwrap(), WorkerId::new(4));
     let table = [
         (
             maps::SESSIONS.name,
@@ -57,7 +66,7 @@ fn bpf_maps_are_shown_with_the_names_of_their_fields() {
         ),
         (maps::TUNNELS.name, r#""value": { "worker": 4 }"#.to_owned()),
     ];
-    for ((name, shown), id) in table.into_iter().zip(steering.map_ids().unwrap()) {
+    for ((name, shown), id) in table.into_iter().zip(steering.owners.map_ids().unwrap()) {
         let output = Command::new("bpftool").args(["map", "dump", "id", &id.to_string()]).output().unwrap();
         let dump = String::from_utf8_lossy(&output.stdout);
         let words = dump.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -2,12 +2,7 @@
 //!
 //! The maps hold what control and workers know; the writers here only translate. A map that is full is no error: what it
 //! has no room for goes the slow way and is counted. Where a missing entry would make the kernel drop what a worker would
-//! take ([`Uplink::must_pass`]), the owner of this must switch the program off.
-
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "only the BPF object tests attach it until there is a fast path")
-)]
+//! take ([`Uplink::must_pass`]), [`Kernel`](super::Kernel) switches the program off.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,12 +23,9 @@ use gateway_common::decide::Purse;
 use gateway_common::{
     DropReason, FrameCount, FrameKind,
     budget::Budget,
-    maps::{
-        self, ChannelKey, Config, Endpoint, MapSpec, Outcome, Owner, Present, RelayId, SessionKey, UfragKey,
-        xsk_slot,
-    },
+    maps::{self, ChannelKey, Config, Endpoint, MapSpec, Outcome, Present, RelayId, UfragKey, xsk_slot},
 };
-use gateway_proto::{ConnectionIndex, WorkerId};
+use gateway_proto::WorkerId;
 
 use super::KernelPlane;
 
@@ -104,16 +96,13 @@ pub(super) fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp> {
     Ok(ebpf.program_mut("uplink").context("the BPF object has no program uplink")?.try_into()?)
 }
 
-/// The loaded program and its maps. Switched off until [`enable`](Self::enable) says otherwise.
+/// The maps that only `uplink` asks. It is switched off until [`enable`](Self::enable) says otherwise.
 pub struct Uplink {
-    /// For attaching and for the counters.
-    pub plane: KernelPlane,
     local: Table<20, 4>,
     relays: Table<20, 4>,
     channels: Table<8, 8>,
     peers: Table<20, 8>,
     ufrags: Table<4, 4>,
-    sessions: Table<4, 4>,
     sockets: XskMap<MapData>,
     config: Array<MapData, u32>,
     /// The relays that are entered, and the channels of each that are.
@@ -127,13 +116,11 @@ struct Relay {
 }
 
 impl Uplink {
-    /// Takes the maps of `plane` and loads the program, switched off and attached to nothing. Pin the maps before, if they
-    /// are to be pinned.
+    /// Takes the maps out of `plane`. Pin them before, if they are to be pinned.
     ///
     /// # Errors
-    /// As for [`KernelPlane::load_uplink`].
-    pub fn load(mut plane: KernelPlane) -> Result<Self> {
-        plane.load_uplink()?;
+    /// If they were taken before.
+    pub fn take(plane: &mut KernelPlane) -> Result<Self> {
         let ebpf = &mut plane.ebpf;
         Ok(Self {
             local: Table::take(ebpf, &maps::LOCAL)?,
@@ -141,12 +128,10 @@ impl Uplink {
             channels: Table::take(ebpf, &maps::CHANNELS)?,
             peers: Table::take(ebpf, &maps::PEERS)?,
             ufrags: Table::take(ebpf, &maps::UFRAGS)?,
-            sessions: Table::take(ebpf, &maps::SESSIONS)?,
             sockets: super::take(ebpf, &maps::XSKS)?.try_into()?,
             config: super::take(ebpf, &maps::CONFIG)?.try_into()?,
             known: BTreeMap::new(),
             next_relay: 1,
-            plane,
         })
     }
 
@@ -207,14 +192,6 @@ impl Uplink {
         self.ufrags.set(UfragKey { ufrag }, known.then_some(PRESENT), Write::Any);
     }
 
-    /// Data whose WireGuard index belongs to `connection` goes to `worker` from now on; with `None` it is dropped.
-    pub fn set_session(&mut self, connection: ConnectionIndex, worker: Option<WorkerId>) {
-        let owner = worker.map(|worker| Owner {
-            worker: u32::try_from(worker.get()).expect("workers are fewer than MAX_WORKERS"),
-        });
-        self.sessions.set(SessionKey { connection: connection.get() }, owner, Write::Any);
-    }
-
     /// Frames for `worker` that come on `queue` go into this AF_XDP socket; with `None`, to the kernel's stack.
     ///
     /// # Errors
@@ -231,24 +208,20 @@ impl Uplink {
 
     /// How often a map did not take an entry, by its name.
     #[must_use]
-    pub fn left_out(&self) -> [(&'static str, u64); 6] {
+    pub fn left_out(&self) -> [(&'static str, u64); 5] {
         [
             (maps::LOCAL.name, self.local.left_out),
             (maps::RELAYS.name, self.relays.left_out),
             (maps::CHANNELS.name, self.channels.left_out),
             (maps::PEERS.name, self.peers.left_out),
             (maps::UFRAGS.name, self.ufrags.left_out),
-            (maps::SESSIONS.name, self.sessions.left_out),
         ]
     }
 
-    /// True if something does not fit whose absence makes the kernel drop what a worker would take: the program must be
-    /// off then. LOCAL and PEERS are none of these: without an entry frames pass, or share the strangers' budget.
+    /// Its part of [`Kernel::must_pass`](super::Kernel::must_pass).
     #[must_use]
     pub fn must_pass(&self) -> bool {
-        [&self.relays.left_out, &self.channels.left_out, &self.ufrags.left_out, &self.sessions.left_out]
-            .iter()
-            .any(|left_out| **left_out > 0)
+        self.relays.left_out > 0 || self.channels.left_out > 0 || self.ufrags.left_out > 0
     }
 }
 
@@ -261,12 +234,12 @@ impl fmt::Debug for Uplink {
 #[cfg(test)]
 impl Uplink {
     /// Puts a budget that is there into this state.
-    pub(super) fn set_budget(&mut self, purse: &Purse, budget: Budget) {
+    pub(super) fn set_budget(&mut self, plane: &mut KernelPlane, purse: &Purse, budget: Budget) {
         match purse {
             Purse::Peer(peer) => self.peers.set(*peer, Some(budget), Write::Any),
             Purse::Channel(key) => self.channels.set(*key, Some(budget), Write::Any),
             Purse::Anyone => {
-                let map = self.plane.ebpf.map_mut(maps::HANDSHAKES.name).expect("a map of the list");
+                let map = plane.ebpf.map_mut(maps::HANDSHAKES.name).expect("a map of the list");
                 let mut map = Array::<_, u64>::try_from(map).expect("an array");
                 map.set(0, budget.full_at, 0).expect("the first entry");
             }

@@ -35,8 +35,10 @@ mod ring;
 mod sendmmsg;
 mod split;
 mod steering;
+mod tables;
 #[cfg(test)]
 mod test_packets;
+mod told;
 mod tun;
 mod turn;
 mod udp;
@@ -73,7 +75,7 @@ pub use self::{
 use self::{
     links::links,
     queue::{Commands, Events},
-    steering::Steering,
+    told::{Kernel, Told},
     tun::Tun,
     turn::{Core, Seat},
     udp::Sockets,
@@ -110,7 +112,7 @@ pub struct DataPlane {
     /// Of the first worker.
     sockets: Sockets,
     workers: Vec<WorkerThread>,
-    steering: Option<Steering<bpf::Steering>>,
+    told: Option<Told>,
     /// Nothing brings datagrams to the owner of their client.
     by_arrival: bool,
     in_use: InUse,
@@ -158,7 +160,7 @@ impl DataPlane {
         let mut in_use = InUse::new(allowed);
         first.report(&mut in_use);
         tun.report(&mut in_use);
-        let steering = steering::start(&sockets, &tuns, &mut in_use);
+        let told = start_kernel(&sockets, &tuns, &mut in_use).map(|kernel| Told::new(Kernel::new(kernel)));
         tracing::info!(workers, "In use: {}", in_use.describe());
 
         let events = Arc::new(Events::default());
@@ -178,7 +180,7 @@ impl DataPlane {
             events,
             sockets: for_control,
             workers: threads,
-            steering,
+            told,
             by_arrival: workers > 1 && !in_use.has(Capability::ReuseportSteering),
             in_use,
             watch,
@@ -194,8 +196,8 @@ impl DataPlane {
     /// Tells the workers what is true. Replaces an earlier command of the same key that they have not seen yet; takes
     /// effect before a worker's next batch. Never blocks, never drops.
     pub fn send(&mut self, command: Command) {
-        if let Some(steering) = &mut self.steering {
-            steering.on_command(&command);
+        if let Some(told) = &mut self.told {
+            told.on_command(&command);
         }
         if let Some((first, others)) = self.workers.split_first() {
             others.iter().for_each(|worker| worker.send(command.clone()));
@@ -210,8 +212,8 @@ impl DataPlane {
     pub async fn recv(&mut self) -> Result<Vec<WorkerEvent>> {
         loop {
             let events = self.events.take();
-            if let Some(steering) = &mut self.steering {
-                events.iter().for_each(|event| steering.on_event(event));
+            if let Some(told) = &mut self.told {
+                events.iter().for_each(|event| told.on_event(event));
             }
             if !events.is_empty() {
                 return Ok(events);
@@ -237,12 +239,15 @@ impl DataPlane {
         let mut counters = Counters::default();
         counters.add(DropReason::UdpSend, self.drops.load(Ordering::Relaxed));
         self.workers.iter().for_each(|worker| counters.merge(&worker.counters()));
+        if let Some(told) = &self.told {
+            counters.merge(&told.drops());
+        }
         counters
     }
 
-    /// What of the clients the kernel's maps had no room for; their packets are passed on between workers.
-    pub fn not_steered(&self) -> bpf::LeftOut {
-        self.steering.as_ref().map(Steering::left_out).unwrap_or_default()
+    /// How often one of the kernel's maps had no room, by its name; what is left out goes the slow way.
+    pub fn left_out(&self) -> Vec<(&'static str, u64)> {
+        self.told.as_ref().map(Told::left_out).unwrap_or_default()
     }
 
     /// Events of the workers that wait for [`DataPlane::recv`], and the most that ever did.
@@ -280,6 +285,18 @@ impl DataPlane {
         }
         Closed { events: self.events.take(), flow_reports_lost: self.flow_reports_lost(), result }
     }
+}
+
+/// What of us goes into the kernel, with what of it is attached to sockets and device.
+fn start_kernel(sockets: &[Sockets], tuns: &[Tun], in_use: &mut InUse) -> Option<bpf::Kernel> {
+    let wants_steering = sockets.len() > 1 && steering::BOTH.iter().any(|capability| in_use.has(*capability));
+    if !wants_steering {
+        steering::BOTH.iter().for_each(|capability| in_use.missing(*capability, "one worker"));
+        return None;
+    }
+    let mut kernel = bpf::Kernel::steering().inspect_err(|e| tracing::debug!("No kernel programs: {e:#}"));
+    steering::attach(kernel.as_mut().map_err(|e| &*e), sockets, tuns, in_use);
+    kernel.ok()
 }
 
 /// What is left of a data plane.

@@ -22,13 +22,13 @@ use crate::bpf;
 
 /// The kernel's maps, or a test's.
 pub trait Maps {
-    /// See [`bpf::Steering::set_session`].
+    /// See [`bpf::Owners::set_session`].
     fn set_session(&mut self, connection: ConnectionIndex, worker: Option<WorkerId>);
-    /// See [`bpf::Steering::set_tunnel`].
+    /// See [`bpf::Owners::set_tunnel`].
     fn set_tunnel(&mut self, tunnel: IpAddr, worker: Option<WorkerId>);
 }
 
-impl Maps for bpf::Steering {
+impl Maps for bpf::Owners {
     fn set_session(&mut self, connection: ConnectionIndex, worker: Option<WorkerId>) {
         self.set_session(connection, worker);
     }
@@ -37,53 +37,55 @@ impl Maps for bpf::Steering {
     }
 }
 
-/// Loads the steering programs for several workers, as far as that is allowed and possible; says in `in_use` what is not.
-pub fn start(sockets: &[Sockets], tuns: &[Tun], in_use: &mut InUse) -> Option<Steering<bpf::Steering>> {
-    const BOTH: [Capability; 2] = [Capability::ReuseportSteering, Capability::TunSteering];
+/// Attaches the steering programs of `kernel` for several workers, as far as that is allowed and possible; says in
+/// `in_use` what is not. An error instead of a kernel is why there is none.
+pub fn attach(
+    kernel: Result<&mut bpf::Kernel, &anyhow::Error>,
+    sockets: &[Sockets],
+    tuns: &[Tun],
+    in_use: &mut InUse,
+) {
     let [first, _, ..] = tuns else {
         BOTH.iter().for_each(|capability| in_use.missing(*capability, "one worker"));
-        return None;
+        return;
     };
-    if !BOTH.iter().any(|capability| in_use.has(*capability)) {
-        return None;
-    }
-    let mut programs = match bpf::Steering::load() {
-        Ok(programs) => programs,
+    let plane = match kernel {
+        Ok(kernel) => &mut kernel.plane,
         Err(e) => {
-            tracing::debug!("No steering programs: {e:#}");
             BOTH.iter().for_each(|capability| in_use.missing(*capability, e.to_string()));
-            return None;
+            return;
         }
     };
     if in_use.has(Capability::ReuseportSteering)
-        && let Err(e) = attach_sockets(&mut programs, sockets)
+        && let Err(e) = attach_sockets(plane, sockets)
     {
         in_use.missing(Capability::ReuseportSteering, format!("{e:#}"));
     }
     if in_use.has(Capability::TunSteering)
-        && let Err(e) = programs.attach_tun(first.as_fd())
+        && let Err(e) = plane.attach_tun(first.as_fd())
     {
         in_use.missing(Capability::TunSteering, format!("{e:#}"));
     }
-    let any = BOTH.iter().any(|capability| in_use.has(*capability));
-    any.then(|| Steering::new(programs))
 }
 
-fn attach_sockets(programs: &mut bpf::Steering, sockets: &[Sockets]) -> Result<()> {
+/// What the steering programs are for.
+pub const BOTH: [Capability; 2] = [Capability::ReuseportSteering, Capability::TunSteering];
+
+fn attach_sockets(plane: &mut bpf::KernelPlane, sockets: &[Sockets]) -> Result<()> {
     for v6 in [false, true] {
         let group: Vec<_> =
             sockets.iter().filter_map(|of| if v6 { of.v6.as_ref() } else { of.v4.as_ref() }).collect();
         let group: Vec<_> = group.into_iter().map(|socket| socket.as_fd()).collect();
         if !group.is_empty() {
-            programs.attach_sockets(v6, &group)?;
+            plane.attach_sockets(v6, &group)?;
         }
     }
     Ok(())
 }
 
 /// What the kernel was told of each client.
-pub struct Steering<M> {
-    maps: M,
+#[derive(Default)]
+pub struct Steering {
     clients: FxHashMap<ClientId, Entry>,
 }
 
@@ -96,22 +98,11 @@ struct Entry {
     tunnel: TunnelAddrs,
 }
 
-impl Steering<bpf::Steering> {
-    /// See [`bpf::Steering::left_out`].
-    pub fn left_out(&self) -> bpf::LeftOut {
-        self.maps.left_out()
-    }
-}
-
-impl<M: Maps> Steering<M> {
-    fn new(maps: M) -> Self {
-        Self { maps, clients: FxHashMap::default() }
-    }
-
+impl Steering {
     /// What the workers are about to be told.
-    pub fn on_command(&mut self, command: &Command) {
+    pub fn on_command(&mut self, command: &Command, maps: &mut impl Maps) {
         let Command::Client { id, home, desired } = command else { return };
-        let Some(state) = desired else { return self.forget(*id) };
+        let Some(state) = desired else { return self.forget(*id, maps) };
         let old = self.clients.get(id);
         let worker = match home.from {
             // It stays where it was until it has arrived.
@@ -119,50 +110,50 @@ impl<M: Maps> Steering<M> {
             None => home.worker,
         };
         let entry = Entry { worker, order: home.order, index: index_of(state), tunnel: state.tunnel };
-        self.enter(*id, entry);
+        self.enter(*id, entry, maps);
     }
 
     /// What a worker said.
-    pub fn on_event(&mut self, event: &WorkerEvent) {
+    pub fn on_event(&mut self, event: &WorkerEvent, maps: &mut impl Maps) {
         let WorkerEvent::Adopted { id, worker, order } = event else { return };
         if let Some(&Entry { index, tunnel, .. }) = self.clients.get(id).filter(|entry| entry.order == *order)
         {
-            self.enter(*id, Entry { worker: *worker, order: *order, index, tunnel });
+            self.enter(*id, Entry { worker: *worker, order: *order, index, tunnel }, maps);
         }
     }
 
     /// Only what differs from before is written: commands repeat most of what is known.
-    fn enter(&mut self, id: ClientId, new: Entry) {
+    fn enter(&mut self, id: ClientId, new: Entry, maps: &mut impl Maps) {
         let old = self.clients.remove(&id);
         let same_worker = old.as_ref().is_some_and(|old| old.worker == new.worker);
         let old_index = old.as_ref().and_then(|old| old.index);
         let old_tunnel = old.as_ref().map(|old| old.tunnel);
         if old_index != new.index || !same_worker {
             if let Some(index) = new.index {
-                self.maps.set_session(index, Some(new.worker));
+                maps.set_session(index, Some(new.worker));
             }
             if let Some(index) = old_index.filter(|old| Some(*old) != new.index) {
-                self.maps.set_session(index, None);
+                maps.set_session(index, None);
             }
         }
         if old_tunnel != Some(new.tunnel) || !same_worker {
             if let Some(tunnel) = old_tunnel {
-                addresses(tunnel, new.tunnel).for_each(|gone| self.maps.set_tunnel(gone, None));
+                addresses(tunnel, new.tunnel).for_each(|gone| maps.set_tunnel(gone, None));
             }
             for address in [IpAddr::from(new.tunnel.v4), new.tunnel.v6.into()] {
-                self.maps.set_tunnel(address, Some(new.worker));
+                maps.set_tunnel(address, Some(new.worker));
             }
         }
         self.clients.insert(id, new);
     }
 
-    fn forget(&mut self, id: ClientId) {
+    fn forget(&mut self, id: ClientId, maps: &mut impl Maps) {
         let Some(old) = self.clients.remove(&id) else { return };
         if let Some(index) = old.index {
-            self.maps.set_session(index, None);
+            maps.set_session(index, None);
         }
         for address in [IpAddr::from(old.tunnel.v4), old.tunnel.v6.into()] {
-            self.maps.set_tunnel(address, None);
+            maps.set_tunnel(address, None);
         }
     }
 }
@@ -193,36 +184,32 @@ mod tests {
 
     #[test]
     fn maps_follow_clients_and_moves_only_when_they_are_over() {
-        let mut steering = Steering::new(Written::default());
+        let (mut steering, maps) = (Steering::default(), &mut Written::default());
         let id = ClientId(Uuid::from_u128(1));
         let worker = |n| WorkerId::new(n).expect("below 64");
         let client = |home, state| Command::Client { id, home, desired: state };
         let home = |to, from, order| Home { worker: worker(to), from, order };
         let adopted = |to, order| WorkerEvent::Adopted { id, worker: worker(to), order };
 
-        steering.on_command(&client(home(1, None, 1), Some(state(7, Some(5)))));
-        assert_eq!(steering.maps.shown(), "5 -> 1; 100.64.0.7 -> 1; fd00:2021:1111::7 -> 1");
-        steering.on_command(&client(home(2, Some(worker(1)), 2), Some(state(7, Some(5)))));
-        assert_eq!(
-            steering.maps.shown(),
-            "5 -> 1; 100.64.0.7 -> 1; fd00:2021:1111::7 -> 1",
-            "it is on its way"
-        );
-        steering.on_event(&adopted(3, 1));
-        steering.on_command(&client(home(2, Some(worker(1)), 2), Some(state(8, Some(6)))));
-        assert_eq!(steering.maps.shown(), "6 -> 1; 100.64.0.8 -> 1; fd00:2021:1111::8 -> 1");
-        let before = steering.maps.writes;
-        steering.on_event(&adopted(2, 2));
-        assert_eq!(steering.maps.shown(), "6 -> 2; 100.64.0.8 -> 2; fd00:2021:1111::8 -> 2");
-        assert_eq!(steering.maps.writes - before, 3);
-        steering.on_command(&client(home(2, None, 2), Some(state(8, Some(6)))));
-        assert_eq!(steering.maps.writes - before, 3, "nothing new");
-        steering.on_command(&client(home(2, None, 2), Some(state(8, None))));
-        assert_eq!(steering.maps.shown(), "100.64.0.8 -> 2; fd00:2021:1111::8 -> 2");
-        steering.on_command(&client(home(0, None, 3), None));
-        assert_eq!(steering.maps.shown(), "");
-        steering.on_event(&adopted(2, 2));
-        assert!(steering.maps.shown().is_empty() && steering.clients.is_empty());
+        steering.on_command(&client(home(1, None, 1), Some(state(7, Some(5)))), maps);
+        assert_eq!(maps.shown(), "5 -> 1; 100.64.0.7 -> 1; fd00:2021:1111::7 -> 1");
+        steering.on_command(&client(home(2, Some(worker(1)), 2), Some(state(7, Some(5)))), maps);
+        assert_eq!(maps.shown(), "5 -> 1; 100.64.0.7 -> 1; fd00:2021:1111::7 -> 1", "it is on its way");
+        steering.on_event(&adopted(3, 1), maps);
+        steering.on_command(&client(home(2, Some(worker(1)), 2), Some(state(8, Some(6)))), maps);
+        assert_eq!(maps.shown(), "6 -> 1; 100.64.0.8 -> 1; fd00:2021:1111::8 -> 1");
+        let before = maps.writes;
+        steering.on_event(&adopted(2, 2), maps);
+        assert_eq!(maps.shown(), "6 -> 2; 100.64.0.8 -> 2; fd00:2021:1111::8 -> 2");
+        assert_eq!(maps.writes - before, 3);
+        steering.on_command(&client(home(2, None, 2), Some(state(8, Some(6)))), maps);
+        assert_eq!(maps.writes - before, 3, "nothing new");
+        steering.on_command(&client(home(2, None, 2), Some(state(8, None))), maps);
+        assert_eq!(maps.shown(), "100.64.0.8 -> 2; fd00:2021:1111::8 -> 2");
+        steering.on_command(&client(home(0, None, 3), None), maps);
+        assert_eq!(maps.shown(), "");
+        steering.on_event(&adopted(2, 2), maps);
+        assert!(maps.shown().is_empty() && steering.clients.is_empty());
     }
 
     #[derive(Default)]
@@ -263,6 +250,7 @@ mod tests {
             index: ConnectionIndex::new(index).expect("24 bits"),
             public_key: [1; 32],
             preshared_key: Zeroizing::new([2; 32]),
+            ufrag: *b"abcd",
         });
         let tunnel = TunnelAddrs {
             v4: [100, 64, 0, address].into(),

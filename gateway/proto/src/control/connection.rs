@@ -31,7 +31,7 @@ use self::nomination::Pair;
 pub use self::nomination::PathKind;
 use crate::{
     command::ConnectionKeys,
-    control::{agent, candidates, shared::Shared},
+    control::{agent, candidates, shared::Shared, stun_router},
     ids::{ClientId, ConnectionIndex, RelayId},
     portal::messages::{Authorize, IceCredentials},
     relay::{LocalCandidate, Use},
@@ -126,6 +126,7 @@ impl Connection {
             index,
             public_key: client.public_key,
             preshared_key: Zeroizing::new(*client.preshared_key.0),
+            ufrag: stun_router::first_four(&authorize.gateway_ice, &authorize.client_ice),
         };
         let mut connection = Self {
             client: client.id,

@@ -98,6 +98,15 @@ fn username(local: &IceCredentials, remote: &IceCredentials) -> String {
     format!("{}:{}", local.username, remote.username)
 }
 
+/// How the USERNAME of a request with these credentials begins; zeros behind one that is shorter.
+pub(super) fn first_four(local: &IceCredentials, remote: &IceCredentials) -> [u8; 4] {
+    let mut four = [0; 4];
+    for (to, from) in four.iter_mut().zip(username(local, remote).bytes()) {
+        *to = from;
+    }
+    four
+}
+
 fn transaction(message: &[u8]) -> Option<TransactionId> {
     message.get(8..20)?.try_into().ok()
 }

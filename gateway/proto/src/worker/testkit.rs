@@ -305,6 +305,7 @@ impl Client {
             index: self.index,
             public_key: self.public_key,
             preshared_key: Zeroizing::new(self.psk),
+            ufrag: *b"abcd",
         })
     }
 

@@ -10,15 +10,17 @@ use std::{
 
 use aya::programs::{TestRun as _, TestRunOptions};
 use gateway_common::{
-    Counters, DropReason, Verdict, decide,
+    Counters, DropReason, Verdict,
+    budget::Budget,
+    decide,
     decide::Purse,
     decide_table::{self, At, World},
     maps::{self, ChannelKey, Endpoint, Outcome},
 };
 use gateway_proto::{ConnectionIndex, WorkerId};
 
-use super::object;
-use crate::bpf::{KernelPlane, Uplink, uplink};
+use super::{uplink as tables, whole};
+use crate::bpf::{Kernel, uplink};
 
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
@@ -33,7 +35,7 @@ const INSTRUCTION_BUDGET: u32 = 15_000;
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_uplink_costs_the_verifier_no_more_than_its_budget() {
-    let mut uplink = loaded();
+    let uplink = &mut whole();
     let info = uplink::program(&mut uplink.plane.ebpf).unwrap().info().unwrap();
     let verified = info.verified_instruction_count().expect("a kernel since 5.16 says it");
     println!(
@@ -47,13 +49,13 @@ fn bpf_uplink_costs_the_verifier_no_more_than_its_budget() {
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_decides_about_every_row_as_user_space_does() {
     for bound in [false, true] {
-        let mut uplink = loaded();
-        fill(&mut uplink, &World::example());
-        let _sockets = bound.then(|| bind(&mut uplink));
+        let uplink = &mut whole();
+        fill(uplink, &World::example());
+        let _sockets = bound.then(|| bind(uplink));
         let mut expect: BTreeMap<Outcome, u64> = BTreeMap::new();
         let mut reasons = Counters::default();
         for row in decide_table::all().into_iter().filter(|row| row.bytes.len() >= ETHERNET) {
-            assert_eq!(run(&mut uplink, &row.bytes), action(row.verdict, bound), "{}, {bound}", row.name);
+            assert_eq!(run(uplink, &row.bytes), action(row.verdict, bound), "{}, {bound}", row.name);
             *expect.entry(outcome(row.verdict, bound)).or_default() += 1;
             if let Verdict::Drop(reason) = row.verdict {
                 reasons.count(reason);
@@ -64,35 +66,35 @@ fn bpf_decides_about_every_row_as_user_space_does() {
             let counted = expect.get(outcome).copied().unwrap_or_default();
             assert_eq!(outcomes[outcome].packets, counted, "{}", outcome.label());
         }
-        assert_eq!(dropped(&uplink), reasons);
+        assert_eq!(dropped(uplink), reasons);
     }
 }
 
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_uplink_passes_everything_while_it_is_switched_off() {
-    let mut uplink = loaded();
-    fill(&mut uplink, &World::example());
-    let _sockets = bind(&mut uplink);
+    let uplink = &mut whole();
+    fill(uplink, &World::example());
+    let _sockets = bind(uplink);
     let rows: Vec<_> = decide_table::all().into_iter().filter(|row| row.bytes.len() >= ETHERNET).collect();
     uplink.enable(false).unwrap();
     for row in &rows {
-        assert_eq!(run(&mut uplink, &row.bytes), XDP_PASS, "{}", row.name);
+        assert_eq!(run(uplink, &row.bytes), XDP_PASS, "{}", row.name);
     }
     uplink.enable(true).unwrap();
     for row in &rows {
-        assert_eq!(run(&mut uplink, &row.bytes), action(row.verdict, true), "{}", row.name);
+        assert_eq!(run(uplink, &row.bytes), action(row.verdict, true), "{}", row.name);
     }
 }
 
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_strangers_share_one_budget_and_a_peer_keeps_its_own() {
-    let mut uplink = loaded();
-    fill(&mut uplink, &World::example());
+    let uplink = &mut whole();
+    fill(uplink, &World::example());
     let row = |name: &str| decide_table::all().into_iter().find(|row| row.name == name).expect(name).bytes;
     let (stranger, peer) = (row("an initiation of a stranger, IPv4"), row("an initiation of a peer, IPv4"));
-    let mut passed = |frame: &[u8], sent| (0..sent).filter(|_| run(&mut uplink, frame) == XDP_PASS).count();
+    let mut passed = |frame: &[u8], sent| (0..sent).filter(|_| run(uplink, frame) == XDP_PASS).count();
     // The clock runs on: more pass than the burst, and a slow machine lets more pass than a fast one.
     let strangers = passed(&stranger, 2000);
     assert!((100..1500).contains(&strangers), "{strangers} of 2000 strangers passed");
@@ -111,9 +113,9 @@ fn bpf_decides_about_random_frames_as_user_space_does() {
         .map(|row| row.bytes)
         .collect();
     let fresh = World::example();
-    let mut uplink = loaded();
-    fill(&mut uplink, &fresh);
-    let _sockets = bind(&mut uplink);
+    let uplink = &mut whole();
+    fill(uplink, &fresh);
+    let _sockets = bind(uplink);
     let mut random = Random(0x6a09_e667_f3bc_c908);
     let mut seen: BTreeMap<u32, u64> = BTreeMap::new();
     let mut reasons = Counters::default();
@@ -124,7 +126,7 @@ fn bpf_decides_about_random_frames_as_user_space_does() {
         }
         let world = World::example();
         let verdict = decide(&*frame, &world);
-        let found = run(&mut uplink, &frame);
+        let found = run(uplink, &frame);
         assert_eq!(found, action(verdict, true), "frame {number}, {verdict:?}: {frame:02x?}");
         *seen.entry(found).or_default() += 1;
         if let Verdict::Drop(reason) = verdict {
@@ -134,10 +136,10 @@ fn bpf_decides_about_random_frames_as_user_space_does() {
         let spent =
             world.peers != fresh.peers || world.channels != fresh.channels || world.anyone != fresh.anyone;
         if spent {
-            set_budgets(&mut uplink, &fresh);
+            set_budgets(uplink, &fresh);
         }
     }
-    assert_eq!(dropped(&uplink), reasons);
+    assert_eq!(dropped(uplink), reasons);
     assert_eq!(seen.len(), 3, "drop, pass and redirect must all be among them: {seen:?}");
     println!("{frames} random frames: {seen:?}, {reasons:?}");
 }
@@ -145,29 +147,29 @@ fn bpf_decides_about_random_frames_as_user_space_does() {
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_a_relay_takes_its_channels_along_and_a_repeated_entry_keeps_its_budget() {
-    let mut uplink = loaded();
+    let uplink = &mut whole();
     let world = World::example();
-    fill(&mut uplink, &world);
+    fill(uplink, &world);
     let row = |name: &str| decide_table::all().into_iter().find(|row| row.name == name).expect(name).bytes;
     let (relayed, busy) = (row("relayed data, IPv4"), row("an initiation too many of a peer"));
     let relay = world.relays.keys().map(address).find(SocketAddr::is_ipv4).unwrap();
 
     // Told again, as after every change of anything: what is spent stays spent.
-    world.peers.borrow().keys().for_each(|at| uplink.set_peer(address(at), true));
-    assert_eq!(run(&mut uplink, &busy), XDP_DROP);
-    world.peers.borrow().keys().for_each(|at| uplink.set_peer(address(at), false));
-    assert_eq!(run(&mut uplink, &busy), XDP_PASS, "now within the strangers' budget");
+    world.peers.borrow().keys().for_each(|at| tables(uplink).set_peer(address(at), true));
+    assert_eq!(run(uplink, &busy), XDP_DROP);
+    world.peers.borrow().keys().for_each(|at| tables(uplink).set_peer(address(at), false));
+    assert_eq!(run(uplink, &busy), XDP_PASS, "now within the strangers' budget");
 
-    assert_eq!(run(&mut uplink, &relayed), XDP_PASS, "an empty slot");
-    uplink.set_relay(relay, false);
-    assert_eq!(run(&mut uplink, &relayed), XDP_DROP, "no relay");
-    uplink.set_relay(relay, true);
-    assert_eq!(run(&mut uplink, &relayed), XDP_DROP, "no channel");
-    uplink.set_channel(relay, 0x4001, true);
-    assert_eq!(run(&mut uplink, &relayed), XDP_PASS, "an empty slot");
-    uplink.set_channel(relay, 0x4001, false);
-    assert_eq!(run(&mut uplink, &relayed), XDP_DROP, "unbound");
-    let reasons: Vec<_> = dropped(&uplink).iter().collect();
+    assert_eq!(run(uplink, &relayed), XDP_PASS, "an empty slot");
+    tables(uplink).set_relay(relay, false);
+    assert_eq!(run(uplink, &relayed), XDP_DROP, "no relay");
+    tables(uplink).set_relay(relay, true);
+    assert_eq!(run(uplink, &relayed), XDP_DROP, "no channel");
+    tables(uplink).set_channel(relay, 0x4001, true);
+    assert_eq!(run(uplink, &relayed), XDP_PASS, "an empty slot");
+    tables(uplink).set_channel(relay, 0x4001, false);
+    assert_eq!(run(uplink, &relayed), XDP_DROP, "unbound");
+    let reasons: Vec<_> = dropped(uplink).iter().collect();
     let expect =
         [(DropReason::UnknownRelay, 1), (DropReason::UnboundChannel, 2), (DropReason::HandshakeBudget, 1)];
     assert_eq!(reasons, expect);
@@ -176,68 +178,91 @@ fn bpf_a_relay_takes_its_channels_along_and_a_repeated_entry_keeps_its_budget() 
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_a_full_map_is_counted_and_says_when_nothing_may_be_dropped_any_more() {
-    let mut uplink = loaded();
+    let uplink = &mut whole();
     let at = |n: usize| SocketAddr::from(([10, 0, 0, 1], u16::try_from(n).unwrap()));
-    (1..=maps::MAX_LOCAL + 2).for_each(|n| uplink.set_local(at(n), true));
-    assert_eq!(uplink.left_out()[0], ("LOCAL", 2));
+    (1..=maps::MAX_LOCAL + 2).for_each(|n| tables(uplink).set_local(at(n), true));
+    assert_eq!(tables(uplink).left_out()[0], ("LOCAL", 2));
     assert!(!uplink.must_pass(), "frames to an address that is not entered pass");
-    (1..=maps::MAX_RELAYS + 1).for_each(|n| uplink.set_relay(at(n), true));
-    assert_eq!(uplink.left_out()[1], ("RELAYS", 1));
+    assert!(uplink.enable(true).unwrap());
+    (1..=maps::MAX_RELAYS + 1).for_each(|n| tables(uplink).set_relay(at(n), true));
+    assert_eq!(tables(uplink).left_out()[1], ("RELAYS", 1));
     assert!(uplink.must_pass());
+    assert!(!uplink.enable(true).unwrap(), "it cannot be switched on any more");
 }
 
-fn loaded() -> Uplink {
-    Uplink::load(KernelPlane::open(object()).unwrap()).unwrap()
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_steering_and_uplink_ask_the_same_maps() {
+    let kernel = &mut whole();
+    let ids = kernel.owners.map_ids().unwrap();
+    let programs = [("uplink", &ids[..1]), ("steer_socket", &ids[..1]), ("steer_tun", &ids[1..])];
+    for (name, expect) in programs {
+        let program = kernel.plane.ebpf.program(name).unwrap();
+        let used = program.info().unwrap().map_ids().unwrap().expect("a kernel since 4.15 says it");
+        assert!(expect.iter().all(|id| used.contains(id)), "{name} asks {used:?}, not {expect:?}");
+    }
+    // A client too many for the map of sessions: nothing may be dropped any more.
+    kernel.enable(true).unwrap();
+    for connection in 0..=maps::SESSIONS.capacity {
+        assert!(!kernel.must_pass());
+        kernel.owners.set_session(ConnectionIndex::new(connection).unwrap(), Some(WorkerId::FIRST));
+    }
+    assert!(kernel.must_pass() && !kernel.enable(true).unwrap());
 }
 
 /// Enters what `world` holds, through the writers of the daemon where they can say it.
-fn fill(uplink: &mut Uplink, world: &World) {
+fn fill(uplink: &mut Kernel, world: &World) {
     let mut relays = BTreeMap::new();
     for (at, id) in &world.relays {
         relays.insert(*id, address(at));
-        uplink.set_relay(address(at), true);
+        tables(uplink).set_relay(address(at), true);
     }
     for (relay, number) in world.channels.borrow().keys() {
-        uplink.set_channel(relays[relay], u16::try_from(*number).unwrap(), true);
+        tables(uplink).set_channel(relays[relay], u16::try_from(*number).unwrap(), true);
     }
-    world.local.iter().for_each(|at| uplink.set_local(address(at), true));
-    world.peers.borrow().keys().for_each(|at| uplink.set_peer(address(at), true));
-    world.ufrags.iter().for_each(|ufrag| uplink.set_ufrag(*ufrag, true));
+    world.local.iter().for_each(|at| tables(uplink).set_local(address(at), true));
+    world.peers.borrow().keys().for_each(|at| tables(uplink).set_peer(address(at), true));
+    world.ufrags.iter().for_each(|ufrag| tables(uplink).set_ufrag(*ufrag, true));
     for (connection, worker) in &world.sessions {
         let worker = WorkerId::new(usize::try_from(*worker).unwrap()).unwrap();
-        uplink.set_session(ConnectionIndex::new(*connection).unwrap(), Some(worker));
+        uplink.owners.set_session(ConnectionIndex::new(*connection).unwrap(), Some(worker));
     }
     set_budgets(uplink, world);
     uplink.enable(world.enabled).unwrap();
-    assert_eq!(uplink.left_out().map(|(_, left_out)| left_out), [0; 6]);
+    assert!(uplink.left_out().all(|(_, left_out)| left_out == 0));
     assert!(!uplink.must_pass());
 }
 
 /// Budgets as they are in `world`: used up or full.
-fn set_budgets(uplink: &mut Uplink, world: &World) {
+fn set_budgets(uplink: &mut Kernel, world: &World) {
     for ((address, port), budget) in world.peers.borrow().iter() {
-        uplink.set_budget(&Purse::Peer(Endpoint::v6(*address, *port)), *budget);
+        set_budget(uplink, &Purse::Peer(Endpoint::v6(*address, *port)), *budget);
     }
     for ((relay, number), budget) in world.channels.borrow().iter() {
         let at = world.relays.iter().find(|(_, id)| *id == relay).expect("a channel of a relay").0;
-        let relay = uplink.relay_id(address(at)).expect("it is entered");
-        uplink.set_budget(&Purse::Channel(ChannelKey { relay, number: *number }), *budget);
+        let relay = tables(uplink).relay_id(address(at)).expect("it is entered");
+        set_budget(uplink, &Purse::Channel(ChannelKey { relay, number: *number }), *budget);
     }
-    uplink.set_budget(&Purse::Anyone, *world.anyone.borrow());
+    set_budget(uplink, &Purse::Anyone, *world.anyone.borrow());
+}
+
+fn set_budget(kernel: &mut Kernel, purse: &Purse, budget: Budget) {
+    let Kernel { plane, uplink, .. } = kernel;
+    uplink.as_mut().expect("the whole object has it").set_budget(plane, purse, budget);
 }
 
 /// An AF_XDP socket in the slot of every worker, on the queue that a test run claims to be. They are bound to nothing:
 /// a test run stops at the verdict.
-fn bind(uplink: &mut Uplink) -> socket2::Socket {
+fn bind(uplink: &mut Kernel) -> socket2::Socket {
     let socket = socket2::Socket::new(libc::AF_XDP.into(), socket2::Type::RAW, None).unwrap();
     for worker in 0..maps::MAX_WORKERS {
-        uplink.set_socket(0, WorkerId::new(worker).unwrap(), Some(socket.as_fd())).unwrap();
+        tables(uplink).set_socket(0, WorkerId::new(worker).unwrap(), Some(socket.as_fd())).unwrap();
     }
     socket
 }
 
 /// What the program returns; that it has left the frame as it is, too.
-fn run(uplink: &mut Uplink, frame: &[u8]) -> u32 {
+fn run(uplink: &mut Kernel, frame: &[u8]) -> u32 {
     let mut out = vec![0; frame.len()];
     let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
     let result = uplink::program(&mut uplink.plane.ebpf).unwrap().test_run(options).unwrap();
@@ -263,7 +288,7 @@ fn outcome(verdict: Verdict, bound: bool) -> Outcome {
     }
 }
 
-fn dropped(uplink: &Uplink) -> Counters {
+fn dropped(uplink: &Kernel) -> Counters {
     let mut counters = Counters::default();
     for (reason, count) in uplink.plane.drops().unwrap() {
         counters.add(reason, count.packets);

@@ -5,8 +5,8 @@ use std::{fs, path::Path, process::Command};
 use gateway_common::maps;
 use nix::sched::{CloneFlags, unshare};
 
-use super::object;
-use crate::bpf::{KernelPlane, Uplink, pins::Pins};
+use super::{object, uplink as tables};
+use crate::bpf::{Kernel, KernelPlane, pins::Pins};
 
 /// Runs `work` on a thread with a bpffs on a folder that nobody else sees.
 fn with_bpffs(work: impl FnOnce(&Path) + Send) {
@@ -39,24 +39,23 @@ fn dump(path: &Path) -> String {
 fn bpf_maps_are_pinned_under_their_names_and_fresh_ones_replace_stale_ones() {
     with_bpffs(|bpffs| {
         let folder = bpffs.join("firezone-gateway");
-        let first = KernelPlane::open(object()).unwrap();
-        // As after SIGKILL: nothing removes the names.
-        std::mem::forget(Pins::make(&first, &folder).unwrap());
-        let mut first = Uplink::load(first).unwrap();
-        first.set_relay("198.51.100.3:3478".parse().unwrap(), true);
+        let mut first = Kernel::whole_of(object(), Some(&folder)).unwrap();
+        tables(&mut first).set_relay("198.51.100.3:3478".parse().unwrap(), true);
         assert!(dump(&folder.join("RELAYS")).contains(r#""id": 1"#), "{}", dump(&folder.join("RELAYS")));
+        // As after SIGKILL: nothing removes the names.
+        std::mem::forget(first.pins.take());
         drop(first);
 
-        let plane = KernelPlane::open(object()).unwrap();
-        let pins = Pins::make(&plane, &folder).unwrap();
+        let mut kernel = Kernel::whole_of(object(), Some(&folder)).unwrap();
+        assert_eq!(kernel.pinned(), Some(&*folder));
         assert_eq!(dump(&folder.join("RELAYS")), "[]", "the stale map is there");
-        let mut uplink = Uplink::load(plane).unwrap();
+        let uplink = tables(&mut kernel);
         uplink.set_local("192.0.2.2:52625".parse().unwrap(), true);
         uplink.set_relay("[2001:db8:3::3]:3478".parse().unwrap(), true);
         uplink.set_channel("[2001:db8:3::3]:3478".parse().unwrap(), 0x4001, true);
         uplink.set_peer("203.0.113.9:40000".parse().unwrap(), true);
         uplink.set_ufrag(*b"ab3d", true);
-        uplink.enable(true).unwrap();
+        kernel.enable(true).unwrap();
         let table = [
             ("CONFIG", r#""enabled": 1"#),
             ("LOCAL", r#""port": [205,145 ], "padding": [0,0 ]"#),
@@ -76,7 +75,7 @@ fn bpf_maps_are_pinned_under_their_names_and_fresh_ones_replace_stale_ones() {
         for spec in maps::ALL {
             assert!(folder.join(spec.name).exists(), "{} is not pinned", spec.name);
         }
-        drop(pins);
+        drop(kernel);
         assert!(!folder.exists(), "{:?} is left", fs::read_dir(&folder).map(Iterator::count));
     });
 }

@@ -5,7 +5,7 @@ use std::{os::fd::AsFd as _, process::Command};
 use gateway_proto::{ConnectionIndex, WorkerId};
 
 use super::network::Network;
-use crate::bpf::{Steering, steering};
+use crate::bpf::{Kernel, LeftOut};
 
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
@@ -42,9 +42,9 @@ fn bpf_steering_loads_and_is_attached_with_the_rights_there_are() {
     let any: std::net::SocketAddr = ([0; 4], 0).into();
     sockets[0].bind(&any.into()).unwrap();
     sockets[1].bind(&sockets[0].local_addr().unwrap()).unwrap();
-    let mut steering = Steering::load().unwrap();
-    steering.attach_sockets(false, &sockets.each_ref().map(|socket| socket.as_fd())).unwrap();
-    steering.set_session(ConnectionIndex::new(7).unwrap(), WorkerId::new(1));
-    steering.set_tunnel([100, 64, 0, 7].into(), WorkerId::new(1));
-    assert_eq!(steering.left_out(), steering::LeftOut::default());
+    let mut steering = Kernel::steering().unwrap();
+    steering.plane.attach_sockets(false, &sockets.each_ref().map(|socket| socket.as_fd())).unwrap();
+    steering.owners.set_session(ConnectionIndex::new(7).unwrap(), WorkerId::new(1));
+    steering.owners.set_tunnel([100, 64, 0, 7].into(), WorkerId::new(1));
+    assert_eq!(steering.owners.left_out(), LeftOut::default());
 }

@@ -16,7 +16,7 @@ use gateway_common::{
 use gateway_proto::{ConnectionIndex, WorkerId};
 
 use super::network::{Network, run};
-use crate::bpf::{Steering, steering};
+use crate::bpf::{Kernel, LeftOut};
 
 const WORKERS: usize = 3;
 const PORT: u16 = 52625;
@@ -35,7 +35,7 @@ fn bpf_datagrams_reach_the_worker_of_their_session_in_both_families_and_the_rest
         // The first and last index of all are elsewhere than what most samples belong to.
         let elsewhere = (home + 1) % WORKERS;
         for (connection, worker) in [(CONNECTION, home), (0, elsewhere), (0xff_ffff, elsewhere)] {
-            steering.set_session(index(connection), WorkerId::new(worker));
+            steering.owners.set_session(index(connection), WorkerId::new(worker));
         }
         for ipv6 in FAMILIES {
             let mut spread = [0; WORKERS];
@@ -57,12 +57,12 @@ fn bpf_datagrams_reach_the_worker_of_their_session_in_both_families_and_the_rest
         }
     }
     // Forgotten: the hash again.
-    steering.set_session(index(CONNECTION), None);
+    steering.owners.set_session(index(CONNECTION), None);
     let forgotten = message(4, CONNECTION, 64);
     network.enter("sender", || send(false, &forgotten)).unwrap();
     let got = group.receive(false, &forgotten, FLOWS);
     assert!(got.iter().filter(|got| **got > 0).count() > 1, "still steered: {got:?}");
-    assert_eq!(steering.left_out(), steering::LeftOut::default());
+    assert_eq!(steering.owners.left_out(), LeftOut::default());
 }
 
 #[test]
@@ -72,8 +72,8 @@ fn bpf_merged_datagrams_go_whole_to_the_worker_of_the_first() {
     let network = Network::make().unwrap();
     let group = network.enter("receiver", Group::bind).unwrap();
     let mut steering = group.steered().unwrap();
-    steering.set_session(index(CONNECTION), WorkerId::new(2));
-    steering.set_session(index(OTHER), WorkerId::new(1));
+    steering.owners.set_session(index(CONNECTION), WorkerId::new(2));
+    steering.owners.set_session(index(OTHER), WorkerId::new(1));
     let stats = enable_stats(Stats::RunTime).unwrap();
 
     let mine = message(4, CONNECTION, 96);
@@ -97,12 +97,12 @@ fn bpf_merged_datagrams_go_whole_to_the_worker_of_the_first() {
     ];
     for ipv6 in FAMILIES {
         for (name, bytes, segment, worker) in &table {
-            let before = steering.socket_runs().unwrap();
+            let before = steering.plane.socket_runs().unwrap();
             network.enter("sender", || send_segmented(ipv6, bytes, *segment)).unwrap();
             let (found, got, stride) = group.receive_merged(ipv6);
             assert_eq!((found, stride), (*worker, *segment), "{name}, IPv6: {ipv6}");
             assert!(got == *bytes, "{name}, IPv6: {ipv6}: other bytes");
-            let runs = steering.socket_runs().unwrap().0 - before.0;
+            let runs = steering.plane.socket_runs().unwrap().0 - before.0;
             assert_eq!(runs, 1, "{name}, IPv6: {ipv6}: all {SEGMENTS} segments are steered at once");
         }
     }
@@ -121,11 +121,11 @@ fn bpf_datagrams_that_gro_has_merged_stay_with_their_worker() {
     network.enter("receiver", || run("ethtool -K up0 gro on")).unwrap();
     let group = network.enter("receiver", Group::bind).unwrap();
     let mut steering = group.steered().unwrap();
-    steering.set_session(index(CONNECTION), WorkerId::new(1));
+    steering.owners.set_session(index(CONNECTION), WorkerId::new(1));
     let stats = enable_stats(Stats::RunTime).unwrap();
     let datagram = channel(0x4000, &message(4, CONNECTION, 1312));
     for ipv6 in FAMILIES {
-        let before = steering.socket_runs().unwrap();
+        let before = steering.plane.socket_runs().unwrap();
         for _ in 0..ROUNDS {
             let whole = datagram.repeat(SEGMENTS);
             network.enter("sender", || send_segmented(ipv6, &whole, datagram.len())).unwrap();
@@ -138,7 +138,7 @@ fn bpf_datagrams_that_gro_has_merged_stay_with_their_worker() {
             }
             assert_eq!(got, SEGMENTS);
         }
-        let runs = steering.socket_runs().unwrap().0 - before.0;
+        let runs = steering.plane.socket_runs().unwrap().0 - before.0;
         let all = u64::try_from(ROUNDS * SEGMENTS).unwrap();
         println!("steer_socket: {runs} runs for {all} datagrams behind GRO, IPv6: {ipv6}");
         assert!(runs < all, "GRO has merged nothing: {runs} runs");
@@ -149,20 +149,20 @@ fn bpf_datagrams_that_gro_has_merged_stay_with_their_worker() {
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_full_map_leaves_a_client_out_and_a_removal_makes_room() {
-    let mut steering = Steering::load().unwrap();
+    let mut steering = Kernel::steering().unwrap();
     let worker = WorkerId::new(1);
     let capacity = u32::try_from(MAX_CLIENTS).unwrap();
     for connection in 0..capacity {
-        steering.set_session(index(connection), worker);
+        steering.owners.set_session(index(connection), worker);
     }
-    assert_eq!(steering.left_out().sessions, 0);
-    steering.set_session(index(capacity), worker);
-    assert_eq!(steering.left_out().sessions, 1, "one more than there is room for");
+    assert_eq!(steering.owners.left_out().sessions, 0);
+    steering.owners.set_session(index(capacity), worker);
+    assert_eq!(steering.owners.left_out().sessions, 1, "one more than there is room for");
     // Those that are in can still move; one that goes makes room.
-    steering.set_session(index(7), WorkerId::new(0));
-    steering.set_session(index(8), None);
-    steering.set_session(index(capacity), worker);
-    assert_eq!(steering.left_out(), steering::LeftOut { sessions: 1, tunnels: 0 });
+    steering.owners.set_session(index(7), WorkerId::new(0));
+    steering.owners.set_session(index(8), None);
+    steering.owners.set_session(index(capacity), worker);
+    assert_eq!(steering.owners.left_out(), LeftOut { sessions: 1, tunnels: 0 });
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn bpf_cost_of_steering_a_datagram_is_told() {
     let mut group = network.enter("receiver", Group::bind).unwrap();
     let mut steering = group.steered().unwrap();
     for connection in 0..1000 {
-        steering.set_session(index(connection), WorkerId::new(1));
+        steering.owners.set_session(index(connection), WorkerId::new(1));
     }
     let data = message(4, 500, 1312);
     // The last one is not looked up; what remains is mostly the statistics' own two looks at the clock.
@@ -185,13 +185,13 @@ fn bpf_cost_of_steering_a_datagram_is_told() {
     let stats = enable_stats(Stats::RunTime).unwrap();
     for ipv6 in FAMILIES {
         for (name, datagram, known) in &table {
-            let before = steering.socket_runs().unwrap();
+            let before = steering.plane.socket_runs().unwrap();
             for _ in 0..20 {
                 network.enter("sender", || burst(ipv6, datagram)).unwrap();
                 let got = group.receive(ipv6, datagram, BURST);
                 assert!(!known || got == [0, BURST, 0], "{name}: {got:?}");
             }
-            let after = steering.socket_runs().unwrap();
+            let after = steering.plane.socket_runs().unwrap();
             let (runs, time) = (after.0 - before.0, after.1 - before.1);
             assert_eq!(runs, u64::try_from(20 * BURST).unwrap());
             println!("steer_socket: {} ns for {name}, IPv6: {ipv6}", time.as_nanos() / u128::from(runs));
@@ -265,11 +265,11 @@ impl Group {
         if ipv6 { &self.v6 } else { &self.v4 }
     }
 
-    fn steered(&self) -> Result<Steering> {
-        let mut steering = Steering::load()?;
+    fn steered(&self) -> Result<Kernel> {
+        let mut steering = Kernel::steering()?;
         for ipv6 in FAMILIES {
             let sockets: Vec<_> = self.of(ipv6).iter().map(|(socket, _)| socket.as_fd()).collect();
-            steering.attach_sockets(ipv6, &sockets)?;
+            steering.plane.attach_sockets(ipv6, &sockets)?;
         }
         Ok(steering)
     }

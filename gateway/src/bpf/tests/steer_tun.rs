@@ -13,7 +13,7 @@ use gateway_proto::WorkerId;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::network::{Network, ip};
-use crate::bpf::{Steering, steering};
+use crate::bpf::{Kernel, LeftOut, steering};
 
 const QUEUES: usize = 4;
 const DEVICE: &str = "tun-steer";
@@ -25,7 +25,7 @@ const STRANGERS: [&str; 2] = ["100.64.1.8", "fd00:2021:1111::108"];
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_packets_of_the_table_get_the_queue_that_user_space_finds() {
     let samples = steer_table::packets();
-    let mut steering = Steering::load().unwrap();
+    let mut steering = Kernel::steering().unwrap();
     let destination = |sample: &steer_table::Packet| {
         sample.tunnel.map(|key| std::net::Ipv6Addr::from(key.address).to_canonical())
     };
@@ -33,7 +33,7 @@ fn bpf_packets_of_the_table_get_the_queue_that_user_space_finds() {
     for worker in [None, WorkerId::new(5), None] {
         for sample in &samples {
             if let Some(tunnel) = destination(sample) {
-                steering.set_tunnel(tunnel, worker);
+                steering.owners.set_tunnel(tunnel, worker);
             }
         }
         for sample in &samples {
@@ -54,11 +54,11 @@ fn bpf_packets_to_a_client_reach_its_queue_also_after_it_moved_and_after_silence
     let network = Network::make().unwrap();
     let result = network.enter("receiver", || {
         let queues = open_queues()?;
-        let mut steering = Steering::load()?;
-        steering.attach_tun(queues[1].as_fd())?;
-        let set = |steering: &mut Steering, moved: usize| {
+        let mut steering = Kernel::steering()?;
+        steering.plane.attach_tun(queues[1].as_fd())?;
+        let set = |steering: &mut Kernel, moved: usize| {
             for (client, home) in CLIENTS {
-                steering.set_tunnel(client.parse().unwrap(), WorkerId::new((home + moved) % QUEUES));
+                steering.owners.set_tunnel(client.parse().unwrap(), WorkerId::new((home + moved) % QUEUES));
             }
         };
         set(&mut steering, 0);
@@ -70,7 +70,7 @@ fn bpf_packets_to_a_client_reach_its_queue_also_after_it_moved_and_after_silence
         exchange(&queues, 1)?;
         set(&mut steering, 3);
         exchange(&queues, 3)?;
-        assert_eq!(steering.left_out(), steering::LeftOut::default());
+        assert_eq!(steering.owners.left_out(), LeftOut::default());
         Ok(())
     });
     result.unwrap();
@@ -80,12 +80,12 @@ fn bpf_packets_to_a_client_reach_its_queue_also_after_it_moved_and_after_silence
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_cost_of_steering_a_packet_is_told() {
     const RUNS: u32 = 100_000;
-    let mut steering = Steering::load().unwrap();
+    let mut steering = Kernel::steering().unwrap();
     for client in 0..1000 {
         let tunnel = std::net::Ipv4Addr::from(0x6440_0100 + client);
-        steering.set_tunnel(tunnel.into(), WorkerId::new(1));
+        steering.owners.set_tunnel(tunnel.into(), WorkerId::new(1));
     }
-    steering.set_tunnel("fd00:2021:1111::7".parse().unwrap(), WorkerId::new(1));
+    steering.owners.set_tunnel("fd00:2021:1111::7".parse().unwrap(), WorkerId::new(1));
     for name in ["IPv4 of full length", "IPv6", "neither"] {
         let sample = steer_table::packets().into_iter().find(|sample| sample.name == name).unwrap();
         let frame = [&[0; 12][..], &[0x88, 0xb5], &sample.bytes].concat();
@@ -99,13 +99,13 @@ fn bpf_cost_of_steering_a_packet_is_told() {
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_what_is_no_queue_of_a_tun_is_refused_in_one_sentence() {
-    let mut steering = Steering::load().unwrap();
+    let mut steering = Kernel::steering().unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
-    let error = steering.attach_tun(file.as_fd()).unwrap_err();
+    let error = steering.plane.attach_tun(file.as_fd()).unwrap_err();
     assert_eq!(error.to_string(), "the TUN device does not take the program steer_tun");
-    let error = steering.attach_sockets(false, &[file.as_fd()]).unwrap_err();
+    let error = steering.plane.attach_sockets(false, &[file.as_fd()]).unwrap_err();
     assert!(error.to_string().starts_with("the socket of worker 0 cannot be steered"), "{error:#}");
-    assert!(steering.attach_sockets(true, &[]).is_err());
+    assert!(steering.plane.attach_sockets(true, &[]).is_err());
 }
 
 fn open_queues() -> Result<Vec<SyncDevice>> {
