@@ -3,8 +3,6 @@
 //! It spells no map's name, type or size: those are in `gateway_common::maps`, and [`KernelPlane::open`] compares what
 //! the object made with that list. It decides nothing about interfaces or modes.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "only tests load all of it until the runtime does"))]
-
 mod owners;
 mod pins;
 mod steering;
@@ -108,6 +106,8 @@ pub struct Kernel {
     pub owners: Owners,
     /// The tables of `uplink`; `None` without that program.
     pub uplink: Option<Uplink>,
+    /// Removed with it.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it lives as long as this"))]
     pins: Option<Pins>,
 }
 
@@ -142,7 +142,11 @@ impl Kernel {
         plane.load_steering()?;
         plane.load_uplink()?;
         let pins = folder.map(|folder| Pins::make(&plane, folder)).and_then(|pins| {
-            pins.inspect_err(|e| tracing::info!("The kernel's maps have no names in a bpffs: {e:#}")).ok()
+            match &pins {
+                Ok(pins) => tracing::debug!("The kernel's maps are pinned in {}", pins.folder().display()),
+                Err(e) => tracing::info!("The kernel's maps have no names in a bpffs: {e:#}"),
+            }
+            pins.ok()
         });
         let owners = Owners::take(&mut plane)?;
         let uplink = Some(Uplink::take(&mut plane)?);
@@ -150,6 +154,7 @@ impl Kernel {
     }
 
     /// Where the maps are pinned.
+    #[cfg(test)]
     pub fn pinned(&self) -> Option<&Path> {
         self.pins.as_ref().map(Pins::folder)
     }

@@ -3,12 +3,14 @@
 //! Same names, defaults and precedence (argument, then variable, then default) as upstream's gateway, so that an
 //! existing unit file or container definition starts this one unchanged. What is ours is marked so.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, str::FromStr as _, time::Duration};
 
 use clap::{Parser, Subcommand, ValueEnum, builder::BoolishValueParser};
 use gateway_common::maps::MAX_WORKERS;
 use gateway_proto::portal::messages::Secret;
 use zeroize::Zeroizing;
+
+use crate::data::Wanted;
 
 /// What only the environment says.
 const VARIABLES: &str = "\
@@ -71,6 +73,29 @@ pub struct Cli {
     /// Threads that carry traffic, 1 to 64; as many as there are cores if absent.
     #[arg(long, env = "FIREZONE_WORKERS", value_parser = workers, value_name = "N", help_heading = "Data plane")]
     pub workers: Option<usize>,
+
+    /// How datagrams may pass the socket layer by (XDP and AF_XDP): auto takes the best that the interface towards the
+    /// relays offers, and leaves virtual ones alone; the others are exactly that, or nothing. The log says what became of
+    /// it.
+    #[arg(
+        long,
+        env = "FIREZONE_FAST_PATH",
+        default_value = "auto",
+        value_parser = Wanted::from_str,
+        value_name = "auto|off|generic|native|zerocopy",
+        help_heading = "Data plane"
+    )]
+    pub fast_path: Wanted,
+
+    /// Where the maps of the kernel programs get their names, for bpftool: a folder in a bpffs.
+    #[arg(
+        long,
+        env = "FIREZONE_BPFFS",
+        default_value = "/sys/fs/bpf/firezone-gateway",
+        value_name = "DIR",
+        help_heading = "Data plane"
+    )]
+    pub bpffs: PathBuf,
 
     /// Let clients reach every port of the gateway's own tunnel address, not only DNS (53535) and ping.
     #[arg(long, env = "FIREZONE_ALLOW_OWN_IP", value_parser = BoolishValueParser::new(), help_heading = "Data plane")]
@@ -313,6 +338,24 @@ mod tests {
             assert!(result.is_err(), "{text}");
         }
         assert_eq!(Cli::parse_from(["firezone-gateway", "--metrics=sentry"]).metrics, Some(Metrics::Sentry));
+    }
+
+    #[test]
+    fn the_fast_path_is_one_of_five_words() {
+        use crate::data::FastMode::{Generic, Native, ZeroCopy};
+        let table = [
+            ("auto", Wanted::Auto),
+            ("off", Wanted::Off),
+            ("generic", Wanted::Exactly(Generic)),
+            ("native", Wanted::Exactly(Native)),
+            ("zerocopy", Wanted::Exactly(ZeroCopy)),
+        ];
+        assert_eq!(Cli::parse_from(["firezone-gateway"]).fast_path, Wanted::Auto);
+        for (word, expect) in table {
+            assert_eq!(Cli::parse_from(["firezone-gateway", "--fast-path", word]).fast_path, expect);
+        }
+        let refused = Cli::try_parse_from(["firezone-gateway", "--fast-path=fast"]).unwrap_err().to_string();
+        assert!(refused.contains("must be auto, off, generic, native or zerocopy"), "{refused}");
     }
 
     #[test]

@@ -83,6 +83,7 @@ struct Prepared {
     dns_listen: BTreeSet<SocketAddr>,
     raise_buffer_limits: bool,
     set_up_network: bool,
+    fast_path: data::fast::Config,
     _lock: InstanceLock,
 }
 
@@ -134,6 +135,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         dns_listen: cli.dns_listen.into_iter().collect(),
         raise_buffer_limits: !cli.no_inc_buf,
         set_up_network: !cli.no_network_setup,
+        fast_path: data::fast::Config { wanted: cli.fast_path, bpffs: Some(cli.bpffs) },
         _lock: InstanceLock::acquire(TUN_NAME)?,
     })
 }
@@ -163,6 +165,7 @@ fn run(prepared: Prepared) -> Result<()> {
             seed: rand::random(),
             buffers: prepared.buffers,
             allowed: prepared.allowed,
+            fast_path: prepared.fast_path,
         })?;
         let interface = Interface::new(TUN_NAME)?;
         let dns_stats = Arc::<dns::Stats>::default();

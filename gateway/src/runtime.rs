@@ -283,7 +283,10 @@ impl Runtime {
             dns: Arc::clone(&self.watched.dns),
             readiness: Arc::clone(&self.watched.readiness),
             capabilities: Capability::ALL.iter().map(|one| (*one, in_use.has(*one))).collect(),
-            not_steered: self.data.not_steered(),
+            left_out: self.data.left_out(),
+            kernel_drops: self.data.kernel_drops(),
+            frames: self.data.frame_outcomes(),
+            fast_path: self.data.fast_path().map(|fast| (fast.status(), fast.carried())),
         }
     }
 
@@ -303,7 +306,8 @@ impl Runtime {
             }
         }
         self.reported = now;
-        let left_out = self.data.left_out();
+        let mut left_out = self.data.left_out();
+        left_out.retain(|(_, entries)| *entries > 0);
         if !left_out.is_empty() {
             tracing::debug!(?left_out, "The kernel's maps do not hold all");
         }

@@ -15,16 +15,16 @@ use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData, PerCpuArray, XskMap},
-    programs::{Xdp, XdpMode},
+    programs::{Xdp, XdpMode, xdp::XdpLinkId},
 };
 use bytemuck::Pod;
-#[cfg(test)]
-use gateway_common::decide::Purse;
 use gateway_common::{
-    DropReason, FrameCount, FrameKind,
+    DropReason, FrameCount,
     budget::Budget,
     maps::{self, ChannelKey, Config, Endpoint, MapSpec, Outcome, Present, RelayId, UfragKey, xsk_slot},
 };
+#[cfg(test)]
+use gateway_common::{FrameKind, decide::Purse};
 use gateway_proto::WorkerId;
 
 use super::KernelPlane;
@@ -38,21 +38,36 @@ impl KernelPlane {
         program(&mut self.ebpf)?.load().context("the kernel does not take the program uplink")
     }
 
-    /// Attaches `uplink` to an interface of the calling thread's network namespace.
+    /// Attaches `uplink` to an interface of the calling thread's network namespace. It is detached by
+    /// [`detach_uplink`](Self::detach_uplink), and in any case when the process ends.
     ///
     /// # Errors
     /// If it is not loaded, there is no such interface, or its driver does not take a program in this mode.
-    pub fn attach_uplink(&mut self, interface: &str, mode: XdpMode) -> Result<()> {
+    pub fn attach_uplink(&mut self, interface: &str, mode: XdpMode) -> Result<XdpLinkId> {
         program(&mut self.ebpf)?
             .attach(interface, mode)
-            .with_context(|| format!("cannot attach the program uplink to {interface} ({mode:?})"))?;
-        Ok(())
+            .with_context(|| format!("cannot attach the program uplink to {interface} ({mode:?})"))
+    }
+
+    /// Detaches it from where it was attached.
+    ///
+    /// # Errors
+    /// If it is not attached any more.
+    pub fn detach_uplink(&mut self, link: XdpLinkId) -> Result<()> {
+        program(&mut self.ebpf)?.detach(link).context("cannot detach the program uplink")
+    }
+
+    /// The kernel's number of the program.
+    pub fn uplink_id(&self) -> Option<u32> {
+        let program: &Xdp = self.ebpf.program("uplink")?.try_into().ok()?;
+        Some(program.info().ok()?.id())
     }
 
     /// Frames seen so far, by kind, summed over the CPUs.
     ///
     /// # Errors
     /// If the kernel does not let the map be read.
+    #[cfg(test)]
     pub fn frame_counts(&self) -> Result<Vec<(FrameKind, FrameCount)>> {
         self.counts(&maps::COUNTERS, FrameKind::ALL)
     }

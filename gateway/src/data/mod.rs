@@ -13,7 +13,7 @@
 //! folder moves bytes and never looks past the headers that segmentation offload needs. Start-up order: [`lock`],
 //! [`sysctl`], [`DataPlane::start`], and with the first `init` [`interface`].
 //!
-//! `xsk` is a second way in and out for datagrams, past the sockets; the daemon does not use it yet.
+//! `xsk` is a second way in and out for datagrams, past the sockets; [`fast`] finds where it can be used.
 
 pub mod interface;
 pub mod lock;
@@ -22,6 +22,7 @@ pub mod sysctl;
 mod busy;
 pub mod capabilities;
 mod coalesce;
+pub mod fast;
 mod figures;
 mod gso;
 mod headers;
@@ -57,7 +58,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use gateway_common::{Counters, DropReason};
+use gateway_common::{Counters, DropReason, FrameCount, maps::Outcome};
 use gateway_proto::{
     Command, Transmit, WorkerEvent, WorkerId, control,
     worker::{self, Traffic, Worker},
@@ -67,12 +68,16 @@ use x25519_dalek::StaticSecret;
 
 #[cfg(test)]
 pub use self::figures::Work;
+#[cfg(test)]
+pub use self::xsk::Mode as FastMode;
 pub use self::{
     capabilities::{Capabilities, Capability, InUse},
     udp::{BufferSizes, MARK, PORT},
     worker_thread::WorkerState,
+    xsk::Wanted,
 };
 use self::{
+    fast::{Door, FastPath},
     links::links,
     queue::{Commands, Events},
     told::{Kernel, Told},
@@ -104,6 +109,8 @@ pub struct Config {
     pub buffers: BufferSizes,
     /// What of the kernel's batching and steering may be used.
     pub allowed: Capabilities,
+    /// How the fast path is wanted.
+    pub fast_path: fast::Config,
 }
 
 /// Sockets, TUN device and the workers that serve them.
@@ -113,6 +120,7 @@ pub struct DataPlane {
     sockets: Sockets,
     workers: Vec<WorkerThread>,
     told: Option<Told>,
+    fast: Option<FastPath>,
     /// Nothing brings datagrams to the owner of their client.
     by_arrival: bool,
     in_use: InUse,
@@ -130,7 +138,8 @@ impl DataPlane {
     /// # Panics
     /// Outside a tokio runtime with timers.
     pub fn start(config: Config) -> Result<Self> {
-        let Config { tun_name, workers, private_key, allow_own_ip, seed, buffers, allowed } = config;
+        let Config { tun_name, workers, private_key, allow_own_ip, seed, buffers, allowed, fast_path } =
+            config;
         let core = |id: WorkerId| {
             Worker::new(worker::Config {
                 private_key: private_key.clone(),
@@ -141,8 +150,7 @@ impl DataPlane {
                 workers,
             })
         };
-        // No fast path yet: nothing attaches the XDP program that would feed it.
-        Self::start_with(&tun_name, workers, buffers, allowed, core, |_, _| None)
+        Self::start_with(&tun_name, workers, buffers, allowed, &fast_path, core, |_, _| None)
     }
 
     fn start_with<C: Core>(
@@ -150,6 +158,7 @@ impl DataPlane {
         workers: usize,
         buffers: BufferSizes,
         allowed: Capabilities,
+        fast_path: &fast::Config,
         core: impl Fn(WorkerId) -> C,
         fast: impl Fn(WorkerId, &Sockets) -> Option<Fast>,
     ) -> Result<Self> {
@@ -160,27 +169,39 @@ impl DataPlane {
         let mut in_use = InUse::new(allowed);
         first.report(&mut in_use);
         tun.report(&mut in_use);
-        let told = start_kernel(&sockets, &tuns, &mut in_use).map(|kernel| Told::new(Kernel::new(kernel)));
+        let kernel = start_kernel(fast_path, &sockets, &tuns, &mut in_use).map(Kernel::new);
+        let port = |socket: &Option<udp::DataSocket>| socket.as_ref().map_or(0, udp::DataSocket::port);
+        let ports = (port(&first.v4), port(&first.v6));
         tracing::info!(workers, "In use: {}", in_use.describe());
 
         let events = Arc::new(Events::default());
         let wakes = (0..workers).map(|_| Wake::new().map(Arc::new)).collect::<io::Result<Vec<_>>>();
         let wakes = wakes.context("Failed to create an eventfd")?;
+        let doors: Vec<_> = wakes.iter().map(|wake| Arc::new(Door::new(Arc::clone(wake)))).collect();
         let seats = sockets.into_iter().zip(tuns).zip(links(&wakes)).zip(wakes).enumerate();
         let threads = seats.map(|(number, (((sockets, tun), (inbox, outbox)), wake))| {
             let id = WorkerId::new(number).context("There are too many workers")?;
             let (commands, events) = (Arc::new(Commands::new(wake)), Arc::clone(&events));
             let fast = fast(id, &sockets);
-            WorkerThread::spawn(core(id), Seat { id, sockets, tun, commands, events, inbox, outbox, fast })
+            let door = Arc::clone(&doors[number]);
+            WorkerThread::spawn(
+                core(id),
+                Seat { id, sockets, tun, commands, events, inbox, outbox, fast, door },
+            )
         });
         let threads = threads.collect::<Result<_>>()?;
+        let has_uplink = |kernel: &&Kernel| kernel.lock().uplink.is_some();
+        let fast = kernel.as_ref().filter(has_uplink);
+        let fast = fast.map(|kernel| FastPath::start(fast_path.wanted, kernel.clone(), doors, ports));
+        let fast = fast.transpose()?;
         let mut watch = tokio::time::interval(Duration::from_secs(1));
         watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             events,
             sockets: for_control,
             workers: threads,
-            told,
+            told: kernel.map(Told::new),
+            fast,
             by_arrival: workers > 1 && !in_use.has(Capability::ReuseportSteering),
             in_use,
             watch,
@@ -198,6 +219,9 @@ impl DataPlane {
     pub fn send(&mut self, command: Command) {
         if let Some(told) = &mut self.told {
             told.on_command(&command);
+        }
+        if let Some(fast) = &self.fast {
+            fast.on_command(&command);
         }
         if let Some((first, others)) = self.workers.split_first() {
             others.iter().for_each(|worker| worker.send(command.clone()));
@@ -239,15 +263,27 @@ impl DataPlane {
         let mut counters = Counters::default();
         counters.add(DropReason::UdpSend, self.drops.load(Ordering::Relaxed));
         self.workers.iter().for_each(|worker| counters.merge(&worker.counters()));
-        if let Some(told) = &self.told {
-            counters.merge(&told.drops());
-        }
         counters
+    }
+
+    /// What the kernel dropped for us, before anybody here saw it.
+    pub fn kernel_drops(&self) -> Counters {
+        self.told.as_ref().map(Told::drops).unwrap_or_default()
+    }
+
+    /// Frames on the uplink by what came of them; `None` where nothing decides about them.
+    pub fn frame_outcomes(&self) -> Option<Vec<(Outcome, FrameCount)>> {
+        self.told.as_ref()?.outcomes()
     }
 
     /// How often one of the kernel's maps had no room, by its name; what is left out goes the slow way.
     pub fn left_out(&self) -> Vec<(&'static str, u64)> {
         self.told.as_ref().map(Told::left_out).unwrap_or_default()
+    }
+
+    /// The fast path, to look at it and to switch it; `None` if it is not wanted, or cannot be.
+    pub fn fast_path(&self) -> Option<&FastPath> {
+        self.fast.as_ref()
     }
 
     /// Events of the workers that wait for [`DataPlane::recv`], and the most that ever did.
@@ -277,6 +313,10 @@ impl DataPlane {
 
     /// Says goodbye to every client, waits until that is sent (at most a second), and closes sockets and device.
     pub async fn close(mut self) -> Closed {
+        // First, so that goodbyes and what comes last go by one way.
+        if let Some(fast) = self.fast.take() {
+            fast.close().await;
+        }
         self.send(Command::Shutdown);
         let deadline = Instant::now() + Duration::from_secs(1);
         let mut result = Ok(());
@@ -288,13 +328,29 @@ impl DataPlane {
 }
 
 /// What of us goes into the kernel, with what of it is attached to sockets and device.
-fn start_kernel(sockets: &[Sockets], tuns: &[Tun], in_use: &mut InUse) -> Option<bpf::Kernel> {
+fn start_kernel(
+    fast_path: &fast::Config,
+    sockets: &[Sockets],
+    tuns: &[Tun],
+    in_use: &mut InUse,
+) -> Option<bpf::Kernel> {
+    let whole = match fast_path.wanted {
+        Wanted::Off => None,
+        wanted => bpf::Kernel::whole(fast_path.bpffs.as_deref())
+            .inspect_err(|e| match wanted {
+                Wanted::Exactly(_) => tracing::warn!("Fast path: off: {e:#}"),
+                _ => tracing::info!("Fast path: off: {e:#}"),
+            })
+            .ok(),
+    };
     let wants_steering = sockets.len() > 1 && steering::BOTH.iter().any(|capability| in_use.has(*capability));
     if !wants_steering {
         steering::BOTH.iter().for_each(|capability| in_use.missing(*capability, "one worker"));
-        return None;
+        return whole;
     }
-    let mut kernel = bpf::Kernel::steering().inspect_err(|e| tracing::debug!("No kernel programs: {e:#}"));
+    // Steering needs less: it may work where the fast path does not.
+    let kernel = whole.map_or_else(bpf::Kernel::steering, Ok);
+    let mut kernel = kernel.inspect_err(|e| tracing::debug!("No kernel programs: {e:#}"));
     steering::attach(kernel.as_mut().map_err(|e| &*e), sockets, tuns, in_use);
     kernel.ok()
 }

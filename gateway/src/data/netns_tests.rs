@@ -23,10 +23,13 @@ use gateway_proto::addr::TunnelAddrs;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use self::pipe::Pipe;
-use super::{BufferSizes, Capabilities, DataPlane, TUN_NAME, udp};
+use super::{BufferSizes, Capabilities, DataPlane, TUN_NAME, Wanted, fast, udp};
 
 const ALL: Capabilities = Capabilities::ALL;
 const SIZES: BufferSizes = BufferSizes { recv: udp::RECV_BUFFER, send: udp::SEND_BUFFER };
+
+/// Nothing but sockets.
+const OFF: fast::Config = fast::Config { wanted: Wanted::Off, bpffs: None };
 
 /// Runs `test` in a network namespace of its own; says so if it cannot.
 fn in_netns(test: impl Future<Output = ()> + Send) {
@@ -54,7 +57,7 @@ fn start(pipe: &Pipe) -> DataPlane {
 /// A data plane whose workers are like `pipe` and share its figures.
 fn start_several(workers: usize, pipe: &Pipe, allowed: Capabilities) -> DataPlane {
     let core = |id| Pipe { id, workers, ..pipe.clone() };
-    DataPlane::start_with(TUN_NAME, workers, SIZES, allowed, core, |_, _| None).unwrap()
+    DataPlane::start_with(TUN_NAME, workers, SIZES, allowed, &OFF, core, |_, _| None).unwrap()
 }
 
 fn one<T>(of: anyhow::Result<Vec<T>>) -> T {

@@ -72,7 +72,7 @@ impl Poller {
     ///
     /// # Errors
     /// None that are known.
-    pub fn add_ring(&mut self, socket: &impl AsFd) -> io::Result<()> {
+    pub fn add_ring(&self, socket: &impl AsFd) -> io::Result<()> {
         Ok(epoll::add(&self.epoll, socket, EventData::new_u64(RING), EventFlags::IN)?)
     }
 

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gateway_common::Counters;
+use gateway_common::{Counters, FrameCount, maps::Outcome};
 use gateway_proto::{Command, WorkerEvent};
 
 use super::{steering::Steering, tables::Tables};
@@ -66,9 +66,16 @@ impl Told {
         self.steering.on_event(event, &mut self.kernel.lock().owners);
     }
 
-    /// How often a map had no room, for those that had none.
+    /// How often each map had no room.
     pub fn left_out(&self) -> Vec<(&'static str, u64)> {
-        self.kernel.lock().left_out().filter(|(_, entries)| *entries > 0).collect()
+        self.kernel.lock().left_out().collect()
+    }
+
+    /// Frames by what came of them; `None` without `uplink`.
+    pub fn outcomes(&self) -> Option<Vec<(Outcome, FrameCount)>> {
+        let kernel = self.kernel.lock();
+        kernel.uplink.as_ref()?;
+        kernel.plane.outcomes().ok()
     }
 
     /// What `uplink` has dropped.

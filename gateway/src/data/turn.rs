@@ -28,6 +28,7 @@ use gateway_proto::{
 
 use super::{
     coalesce::Writer,
+    fast::Door,
     figures::Work,
     gso::Outlet,
     links::{Inbox, Outbox},
@@ -59,11 +60,13 @@ pub struct Seat {
     pub outbox: Outbox,
     /// Its sockets past the kernel's, if there are any.
     pub fast: Option<Fast>,
+    /// Where others are put while it runs.
+    pub door: Arc<Door>,
 }
 
 /// The life of the thread: until [`Command::Shutdown`] or an error.
 pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
-    let Seat { id, sockets, tun, commands, events, inbox, outbox, fast } = seat;
+    let Seat { id, sockets, tun, commands, events, inbox, outbox, fast, door } = seat;
     let (tun, commands) = (&tun, &*commands);
     let now = Instant::now();
     let mut turn = Turn {
@@ -99,6 +102,10 @@ pub fn run(core: impl Core, seat: Seat, shared: &Shared) -> Result<()> {
         let began = Instant::now();
         turn.out.now = began;
         turn.take(&ready, tun)?;
+        if let Some(next) = door.take() {
+            turn.replace_fast(next, &poller)?;
+            door.taken();
+        }
         spilled.extend(std::iter::from_fn(|| turn.core.poll_event()));
         let refused = events.push(spilled.drain(..));
         turn.core.counters_mut().add(DropReason::ControlQueueFull, refused.others);
@@ -261,6 +268,8 @@ const MAX_SOCKET_ERRORS: u32 = 1000;
 /// The thread sleeps at least this long before a deadline that has passed already: a deadline that does not move is
 /// a bug, but must not become a busy loop.
 const MIN_SLEEP: Duration = Duration::from_millis(1);
+/// How long frames that the kernel does not take may hold up the change to another fast path.
+const LAST_FRAMES: Duration = Duration::from_millis(5);
 /// How often the kernel is asked what it has dropped on the fast path.
 const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -317,6 +326,24 @@ impl<C: Core> Turn<'_, C> {
         if let Some(fast) = &mut self.out.fast {
             fast.end_turn();
         }
+        Ok(())
+    }
+
+    /// Another fast path, or none. What the rings of the old one hold is dealt with before it is closed; nothing comes
+    /// into them any more.
+    #[cold]
+    fn replace_fast(&mut self, next: Option<Fast>, poller: &Poller) -> Result<()> {
+        self.read_rings();
+        self.end_batch();
+        self.out.linger(LAST_FRAMES);
+        if let Some(mut old) = self.out.fast.take() {
+            old.count_drops(&mut self.out.drops);
+        }
+        for ring in next.iter().flat_map(Fast::wires) {
+            poller.add_ring(ring).context("Failed to wait for an AF_XDP socket")?;
+        }
+        self.out.fast = next;
+        self.end_batch();
         Ok(())
     }
 
@@ -512,7 +539,7 @@ impl Outgoing<'_> {
         self.outbox.publish();
     }
 
-    /// Sends what still waits, for at most `limit`: the last goodbyes.
+    /// Sends what still waits, for at most `limit`: the last goodbyes, the last frames of a ring.
     fn linger(&mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
         let waits = |out: &Self| {

@@ -26,7 +26,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use gateway_common::Counters;
+use gateway_common::{Counters, FrameCount, maps::Outcome};
 use gateway_proto::{
     control::{Depths, Status},
     ids::RelayId,
@@ -38,8 +38,7 @@ use tokio::{
 };
 
 use crate::{
-    bpf::LeftOut,
-    data::{Capability, WorkerState},
+    data::{Capability, WorkerState, fast},
     dns, flow_logs,
     health::Readiness,
 };
@@ -80,8 +79,14 @@ pub struct Snapshot {
     pub readiness: Arc<Readiness>,
     /// What of the kernel's batching and steering is in use.
     pub capabilities: Vec<(Capability, bool)>,
-    /// What the kernel's maps had no room for.
-    pub not_steered: LeftOut,
+    /// How often each of the kernel's maps had no room.
+    pub left_out: Vec<(&'static str, u64)>,
+    /// What the kernel dropped for us.
+    pub kernel_drops: Counters,
+    /// Frames on the uplink by what came of them; `None` where nothing decides about them.
+    pub frames: Option<Vec<(Outcome, FrameCount)>>,
+    /// How the fast path is, and what it carried in and out, in frames; `None` if it is not wanted, or cannot be.
+    pub fast_path: Option<(fast::Status, (u64, u64))>,
 }
 
 /// Where the event loop hears of scrapes.

@@ -4,14 +4,14 @@ use super::{
     Snapshot,
     family::{Family, Kind, Sample, Unit, Value},
 };
-use crate::{dns::Count, portal::COMPAT_VERSION};
-use gateway_common::DropReason;
+use crate::{data::fast::Mode, dns::Count, portal::COMPAT_VERSION};
+use gateway_common::{DropReason, decide};
 use gateway_proto::worker::Traffic;
 
 impl Snapshot {
     /// All of them.
     pub fn families(&self) -> Vec<Family> {
-        let mut page = Page(Vec::with_capacity(54));
+        let mut page = Page(Vec::with_capacity(57));
         self.process(&mut page);
         self.portal(&mut page);
         self.clients(&mut page);
@@ -23,6 +23,7 @@ impl Snapshot {
         self.flow_logs(&mut page);
         self.dns(&mut page);
         self.kernel(&mut page);
+        self.fast_path(&mut page);
         page.0
     }
 
@@ -144,7 +145,9 @@ impl Snapshot {
         let workers =
             DropReason::ALL.iter().map(|reason| (*reason, place(*reason), self.worker_drops.get(*reason)));
         let control = self.control_drops.iter().map(|(reason, packets)| (reason, "control", packets));
-        let rows = workers.chain(control);
+        let kernel = DropReason::ALL.iter().map(|reason| (*reason, "xdp", self.kernel_drops.get(*reason)));
+        let kernel = kernel.filter(|(reason, ..)| decide::REASONS.contains(reason) && self.frames.is_some());
+        let rows = workers.chain(control).chain(kernel);
         let rows = rows.map(|(reason, place, n)| ([("place", place), ("reason", reason.label())], n));
         let help =
             "Packets dropped, by who dropped them (udp, tun, xdp: the devices and what serves them) and why.";
@@ -282,9 +285,29 @@ impl Snapshot {
         let rows = rows.map(|(capability, used)| ([("capability", capability.word())], u64::from(*used)));
         let help = "Whether each of the kernel's ways to batch and steer packets is in use.";
         page.gauge("capability_in_use", help, Unit::None, rows);
-        let rows = [("sessions", self.not_steered.sessions), ("tunnels", self.not_steered.tunnels)];
-        let help = "Entries that a full map of the kernel's did not take; such packets change workers in user space.";
-        page.counter("not_steered", help, Unit::None, rows.map(|(map, count)| ([("map", map)], count)));
+        let rows = self.left_out.iter().map(|(map, count)| ([("map", *map)], *count));
+        let help =
+            "Entries that a full map of the kernel's did not take; what they are about goes the slow way.";
+        page.counter("map_entries_left_out", help, Unit::None, rows);
+    }
+
+    fn fast_path(&self, page: &mut Page) {
+        let on = self.fast_path.iter().map(|(status, _)| {
+            let interface = status.interface.as_deref().unwrap_or("none");
+            let mode = status.mode.map_or("off", Mode::label);
+            ([("interface", interface), ("mode", mode)], u64::from(status.on))
+        });
+        let help = "Whether frames of this interface take the fast path, and in which mode; the log says why not in a better one.";
+        page.gauge("fast_path_on", help, Unit::None, on);
+        let frames = self.frames.iter().flatten();
+        let frames = frames.map(|(outcome, count)| ([("outcome", outcome.label())], count.packets));
+        let help = "Frames that came on the uplink, by what the XDP program did with them.";
+        page.counter("fast_path_frames", help, Unit::None, frames);
+        let carried = self.fast_path.iter().flat_map(|(_, (received, sent))| {
+            [([("direction", "rx")], *received), ([("direction", "tx")], *sent)]
+        });
+        let help = "Frames between AF_XDP sockets and workers.";
+        page.counter("fast_path_carried_frames", help, Unit::None, carried);
     }
 
     fn worker_names(&self) -> Vec<String> {

@@ -48,6 +48,8 @@ fn busy() -> Box<Snapshot> {
     };
     let mut worker_drops = Counters::default();
     DropReason::ALL.iter().zip(1..).for_each(|(reason, n)| worker_drops.add(*reason, n));
+    let mut kernel_drops = Counters::default();
+    kernel_drops.add(DropReason::UnknownSession, 1000);
     let mut control_drops = Counters::default();
     control_drops.add(DropReason::UnmatchedStun, 17);
     let dns = Arc::<Stats>::default();
@@ -80,7 +82,20 @@ fn busy() -> Box<Snapshot> {
         dns,
         readiness: Arc::new(readiness),
         capabilities: Capability::ALL.iter().map(|one| (*one, true)).collect(),
-        not_steered: LeftOut { sessions: 26, tunnels: 27 },
+        left_out: vec![("SESSIONS", 26), ("TUNNELS", 27)],
+        kernel_drops,
+        frames: Some(
+            Outcome::ALL.iter().map(|outcome| (*outcome, FrameCount { packets: 34, bytes: 3400 })).collect(),
+        ),
+        fast_path: Some((
+            fast::Status {
+                interface: Some("eth0".to_owned()),
+                mode: Some(fast::Mode::Native),
+                outcome: "native".to_owned(),
+                on: true,
+            },
+            (35, 36),
+        )),
     })
 }
 
@@ -149,8 +164,13 @@ fn each_figure_stands_under_its_name() {
             "1",
         ),
         ("capability_in_use{capability=\"udp-gso\"}", "1"),
-        ("not_steered_total{map=\"sessions\"}", "26"),
-        ("not_steered_total{map=\"tunnels\"}", "27"),
+        ("map_entries_left_out_total{map=\"SESSIONS\"}", "26"),
+        ("map_entries_left_out_total{map=\"TUNNELS\"}", "27"),
+        ("dropped_packets_total{place=\"xdp\",reason=\"unknown_session\"}", "1000"),
+        ("fast_path_on{interface=\"eth0\",mode=\"native\"}", "1"),
+        ("fast_path_frames_total{outcome=\"redirected\"}", "34"),
+        ("fast_path_carried_frames_total{direction=\"rx\"}", "35"),
+        ("fast_path_carried_frames_total{direction=\"tx\"}", "36"),
     ];
     for (name, value) in table {
         let name = format!("{}_{name}", prometheus::PREFIX);

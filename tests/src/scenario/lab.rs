@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 use uuid::Uuid;
 
-use super::{Context, checksums::Checksums, client::Client, rest};
+use super::{Context, checksums::Checksums, client::Client, fast_path::Proof, rest};
 use crate::{
     net::{
         NetNs,
@@ -155,6 +155,8 @@ pub struct Lab {
     most_clients: usize,
     crowd: usize,
     checksums: Checksums,
+    /// The gateway must have taken the fast path.
+    fast: Option<Proof>,
 }
 
 impl Lab {
@@ -215,6 +217,7 @@ impl Lab {
             most_clients: 0,
             crowd: 0,
             checksums: Checksums::of(topology),
+            fast: cx.variation.is_fast().then(|| Proof::of(topology)),
         };
         for index in 0..topology.clients.len() {
             let url = options.client_url.clone().unwrap_or_else(|| lab.portal.url());
@@ -306,6 +309,7 @@ impl Lab {
     /// With its exit status, the lines, what is left in one of its queues, or the counters of bad checksums.
     pub fn terminate(&mut self, limit: Duration) -> Result<()> {
         self.checksums.check()?;
+        self.fast.as_ref().map_or(Ok(()), Proof::check)?;
         self.most_clients = self.most_clients.max(self.clients.len());
         rest::terminate(&mut self.gateway, limit, self.most_clients + self.crowd)?;
         self.no_warnings()

@@ -9,6 +9,7 @@ mod churn;
 pub mod client;
 mod crowd;
 pub(crate) mod dns;
+mod fast_path;
 mod firewall;
 mod floods;
 mod flow_ends;
@@ -81,6 +82,10 @@ pub struct Variation {
     /// What of the kernel the gateway does without: words of FIREZONE_DISABLE, separated by commas.
     #[arg(long, default_value = "")]
     pub disable: String,
+    /// How the gateway's datagrams pass the socket layer by: `--fast-path` of the gateway. With anything but off, each
+    /// scenario must show that they did.
+    #[arg(long, default_value = "off")]
+    pub fast_path: String,
 }
 
 impl Variation {
@@ -89,7 +94,13 @@ impl Variation {
         let workers = self.workers.map(|workers| ("FIREZONE_WORKERS".to_owned(), workers.to_string()));
         let disable =
             (!self.disable.is_empty()).then(|| ("FIREZONE_DISABLE".to_owned(), self.disable.clone()));
-        workers.into_iter().chain(disable).collect()
+        let fast_path = ("FIREZONE_FAST_PATH".to_owned(), self.fast_path.clone());
+        workers.into_iter().chain(disable).chain([fast_path]).collect()
+    }
+
+    /// Whether the gateway must take the fast path.
+    pub fn is_fast(&self) -> bool {
+        !matches!(&*self.fast_path, "" | "off" | "auto")
     }
 }
 
@@ -286,6 +297,9 @@ fn run_one(
     let thread = std::thread::Builder::new().name("scenario".to_owned()).spawn(move || {
         let result = (|| {
             let topology = Topology::build(plan())?;
+            if variation.is_fast() {
+                fast_path::prepare(&topology)?;
+            }
             let mut context = Context { topology, logs: Logs::new(logs)?, gateway, big, variation };
             run(&mut context)
         })();

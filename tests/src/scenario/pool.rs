@@ -101,6 +101,7 @@ impl Pool<'_> {
             command.args(["--workers", &workers.to_string()]);
         }
         command.args(["--disable", &self.arguments.variation.disable]);
+        command.args(["--fast-path", &self.arguments.variation.fast_path]);
         command.stdin(Stdio::null()).stderr(file.try_clone()?).stdout(file);
         let child = janitor::start_run(&mut command)
             .with_context(|| format!("cannot start a process for \"{}\"", scenario.name))?;

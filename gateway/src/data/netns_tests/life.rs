@@ -144,6 +144,7 @@ async fn start_and_close(workers: usize) {
             seed: 1,
             buffers: SIZES,
             allowed: ALL,
+            fast_path: super::OFF,
         })
     };
     let data = start().unwrap();

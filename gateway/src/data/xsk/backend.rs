@@ -55,6 +55,8 @@ pub struct Fast<W = Socket> {
     /// The place and way of the last reservation.
     reserved: Option<(usize, usize, Ecn)>,
     figures: Arc<Figures>,
+    /// Datagrams may leave here.
+    sends: bool,
 }
 
 impl<W: Wire> Fast<W> {
@@ -71,10 +73,18 @@ impl<W: Wire> Fast<W> {
             ports.rotate_left(first);
         }
         let (order, figures) = (Order::new(worker), Arc::default());
-        Some(Self { places, ways, order, switch, reserved: None, figures })
+        let sends = switch.sends();
+        Some(Self { places, ways, order, switch, reserved: None, figures, sends })
+    }
+
+    /// The same, which adds what it carries to `figures`.
+    #[must_use]
+    pub fn counting_in(self, figures: Arc<Figures>) -> Self {
+        Self { figures, ..self }
     }
 
     /// What it carries, kept up to date.
+    #[cfg(test)]
     pub fn figures(&self) -> Arc<Figures> {
         Arc::clone(&self.figures)
     }
@@ -149,12 +159,16 @@ impl<W: Wire> Fast<W> {
     #[inline]
     pub fn begin_batch(&mut self) {
         self.ways.begin_batch();
+        self.sends = self.switch.sends();
     }
 
     /// Reserves [`Fast::buffer`] for a datagram of up to `len` bytes. False: it must go through the kernel.
     #[inline]
     pub fn prepare(&mut self, route: &Route, len: usize) -> bool {
         self.reserved = None;
+        if !self.sends {
+            return false;
+        }
         let Some(number) = self.ways.find(route) else { return false };
         let Some(way) = self.ways.way(number).filter(|way| len <= way.max_payload()) else { return false };
         let interface = way.hop().interface;

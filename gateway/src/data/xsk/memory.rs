@@ -54,6 +54,7 @@ impl Area {
     }
 
     /// How many bytes it has.
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.len
     }

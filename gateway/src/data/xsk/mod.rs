@@ -10,11 +10,6 @@
 //!
 //! It decides nothing about clients and knows no BPF map: which frame reaches which socket is the program's business.
 
-#![cfg_attr(
-    not(test),
-    expect(dead_code, reason = "only tests open such sockets until the daemon attaches XDP")
-)]
-
 mod backend;
 mod facts;
 mod headers;
@@ -31,16 +26,17 @@ mod twin;
 mod umem;
 mod ways;
 
-pub use self::backend::{Fast, MAX_PORTS, Refused, datagrams};
+pub use self::{
+    backend::{Fast, Figures, MAX_PORTS, Place as FastPlace, Refused, datagrams},
+    facts::facts,
+    netlink::{Watch, route_interface},
+    order::{Stage, Switch},
+    probe::{Facts, Mode, Outcome, Refusal, Wanted, probe},
+    socket::{MAX_SOCKETS, OpenError, Place, Sizes, Socket, Transfer, open},
+    ways::{Board, Ways},
+};
 #[cfg(test)]
 pub use self::{
-    backend::{Figures, Place as FastPlace},
-    facts::facts,
     headers::{Hop, PAYLOAD_AT},
-    netlink::Watch,
-    order::{Stage, Switch},
     port::{Port, Queue},
-    probe::{Facts, Mode, Refusal, Wanted, probe},
-    socket::{OpenError, Place, Sizes, Socket, Transfer, open},
-    ways::{Board, Ways},
 };

@@ -192,6 +192,15 @@ impl Drop for Watch {
     }
 }
 
+/// By which interface the kernel sends to `dst`, as one of our sockets would.
+pub async fn route_interface(handle: &Handle, dst: IpAddr) -> Option<u32> {
+    let route = handle.route().get(question(Pair { src: None, dst })).execute().try_next().await.ok()??;
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
+}
+
 /// RTM_GETROUTE as one of our sockets would be routed.
 fn question(pair: Pair) -> RouteMessage {
     let mut message = RouteMessage::default();

@@ -15,7 +15,7 @@
 //!   is_settled()   <------------ all do; not before may the flag be cleared again
 //! ```
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// What workers are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +38,32 @@ pub struct Switch {
     caught: Box<[AtomicU32]>,
     /// The last order of [`Stage::Catch`] that each worker is done with.
     settled: Box<[AtomicU32]>,
+    /// Datagrams may leave by the rings.
+    sends: AtomicBool,
 }
 
 impl Switch {
     /// For so many workers.
     pub fn new(workers: usize) -> Self {
         let none = || (0..workers).map(|_| AtomicU32::new(0)).collect();
-        Self { order: AtomicU32::new(0), seen: none(), caught: none(), settled: none() }
+        Self {
+            order: AtomicU32::new(0),
+            seen: none(),
+            caught: none(),
+            settled: none(),
+            sends: AtomicBool::new(true),
+        }
+    }
+
+    /// Whether datagrams may leave by the rings, from the next batch on.
+    pub fn send(&self, sends: bool) {
+        self.sends.store(sends, Ordering::Relaxed);
+    }
+
+    /// See [`Switch::send`].
+    #[inline]
+    pub fn sends(&self) -> bool {
+        self.sends.load(Ordering::Relaxed)
     }
 
     /// Orders a stage. Workers that sleep must be woken.

@@ -106,6 +106,7 @@ impl Queue {
     }
 
     /// The memory of its frames.
+    #[cfg(test)]
     pub fn umem(&self) -> &Arc<Umem> {
         &self.umem
     }

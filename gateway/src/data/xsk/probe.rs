@@ -50,6 +50,17 @@ pub enum Mode {
     Generic,
 }
 
+impl Mode {
+    /// The metric label, and what `--fast-path` takes.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::ZeroCopy => "zerocopy",
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+}
+
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

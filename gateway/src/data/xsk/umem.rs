@@ -176,6 +176,7 @@ impl Pool {
     }
 
     /// How many there are.
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.free.len()
     }

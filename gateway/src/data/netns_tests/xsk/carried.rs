@@ -20,7 +20,7 @@ use crate::data::{
     DataPlane, TUN_NAME,
     interface::{Families, Interface},
     netns_tests::{
-        ALL, SIZES as BUFFERS, addrs, in_netns, ip,
+        ALL, OFF, SIZES as BUFFERS, addrs, in_netns, ip,
         pipe::Pipe,
         traffic::{datagrams, transfer},
     },
@@ -64,7 +64,7 @@ impl Side {
         let (places, figures) = (RefCell::new(places.into_iter()), RefCell::new(Vec::new()));
         let pipe = Pipe::new(Some(route));
         let core = |id| Pipe { id, workers, ..pipe.clone() };
-        let data = DataPlane::start_with(TUN_NAME, workers, BUFFERS, ALL, core, |id, sockets| {
+        let data = DataPlane::start_with(TUN_NAME, workers, BUFFERS, ALL, &OFF, core, |id, sockets| {
             let port =
                 |socket: &Option<crate::data::udp::DataSocket>| socket.as_ref().map_or(0, |s| s.port());
             let ways = Ways::new(Arc::clone(&board), port(&sockets.v4), port(&sockets.v6));

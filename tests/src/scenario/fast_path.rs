@@ -1,0 +1,115 @@
+//! That a gateway which is told to take the fast path does: the kernel says so, not the gateway.
+//!
+//! ```text
+//!   eth0 of the gateway -> its XDP program -> that program's maps -> VERDICTS -> frames that were redirected
+//! ```
+//!
+//! Maps are found by the program, so nothing has to be pinned.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::net::{netns, process::run, topology::Topology};
+
+/// The gateway's uplink.
+const UPLINK: &str = "eth0";
+/// What a device with an XDP program does without: super-packets would have to be cut or put together elsewhere.
+const OFFLOADS: [&str; 3] = ["gro", "gso", "tso"];
+
+/// Makes the uplink like a NIC's: one packet a frame.
+///
+/// # Errors
+/// With what `ethtool` said.
+pub fn prepare(topology: &Topology) -> Result<()> {
+    let mut command = vec!["ethtool", "-K", UPLINK];
+    OFFLOADS.iter().for_each(|offload| command.extend([offload, "off"]));
+    run(&topology.gateway.namespace, Duration::from_secs(5), &command)?.success()?;
+    Ok(())
+}
+
+/// Where to ask.
+pub struct Proof(PathBuf);
+
+impl Proof {
+    /// Asks the gateway of `topology`.
+    pub fn of(topology: &Topology) -> Self {
+        Self(topology.gateway.namespace.path())
+    }
+
+    /// How many frames the gateway's program has redirected to AF_XDP sockets.
+    ///
+    /// # Errors
+    /// If there is no such program, or `bpftool` does not say.
+    pub fn redirected(&self) -> Result<u64> {
+        let link = self.json(&["ip", "-j", "-d", "link", "show", "dev", UPLINK])?;
+        let program = link[0]["xdp"]["prog"]["id"].as_u64();
+        let program = program.with_context(|| format!("no XDP program is attached to {UPLINK}: {link}"))?;
+        let program = self.json(&["bpftool", "-j", "prog", "show", "id", &program.to_string()])?;
+        ensure!(program["name"] == "uplink", "another program is attached to {UPLINK}: {program}");
+        for map in program["map_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64) {
+            let map = map.to_string();
+            if self.json(&["bpftool", "-j", "map", "show", "id", &map])?["name"] == "VERDICTS" {
+                return redirected(&self.json(&["bpftool", "-j", "map", "dump", "id", &map])?);
+            }
+        }
+        anyhow::bail!("the program has no map VERDICTS: {program}")
+    }
+
+    /// The fast path has carried packets.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub fn check(&self) -> Result<()> {
+        let frames = self.redirected().context("the fast path cannot be proved")?;
+        ensure!(frames > 0, "no frame took the fast path");
+        Ok(())
+    }
+
+    fn json(&self, command: &[&str]) -> Result<Value> {
+        let output = std::thread::scope(|scope| {
+            let asker = scope.spawn(|| {
+                netns::enter(&self.0)?;
+                let output = std::process::Command::new(command[0]).args(&command[1..]).output();
+                output.with_context(|| format!("cannot start {}", command[0]))
+            });
+            asker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        ensure!(
+            output.status.success(),
+            "`{}` failed: {}{}",
+            command.join(" "),
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("`{}` said no JSON", command.join(" ")))
+    }
+}
+
+/// Of a dump of VERDICTS: entry 2, summed over the CPUs.
+fn redirected(dump: &Value) -> Result<u64> {
+    const REDIRECTED: u64 = 2;
+    let entries = dump.as_array().context("a dump is a list")?;
+    let entry = entries.iter().find(|entry| entry["formatted"]["key"] == REDIRECTED);
+    let values = entry.and_then(|entry| entry["formatted"]["values"].as_array());
+    let values = values.with_context(|| format!("VERDICTS has no entry {REDIRECTED}: {dump}"))?;
+    Ok(values.iter().filter_map(|cpu| cpu["value"]["packets"].as_u64()).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn redirected_frames_are_summed_over_the_cpus() {
+        let cpu = |cpu: u32, packets: u64| json!({"cpu": cpu, "value": {"packets": packets, "bytes": 9}});
+        let entry = |key: u32, n: u64| json!({"key": ["0x00"], "formatted": {"key": key, "values": [cpu(0, n), cpu(1, n + 1)]}});
+        assert_eq!(redirected(&json!([entry(0, 100), entry(2, 7), entry(3, 50)])).unwrap(), 15);
+        assert!(redirected(&json!([entry(0, 100)])).is_err());
+        assert!(redirected(&json!({})).is_err());
+    }
+}
