@@ -10,6 +10,7 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "patterns to fill packets with")]
 
+mod fast;
 mod interface;
 mod life;
 mod pipe;
@@ -23,13 +24,13 @@ use gateway_proto::addr::TunnelAddrs;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use self::pipe::Pipe;
-use super::{BufferSizes, Capabilities, DataPlane, TUN_NAME, Wanted, fast, udp};
+use super::{BufferSizes, Capabilities, DataPlane, TUN_NAME, Wanted, fast as fast_path, udp};
 
 const ALL: Capabilities = Capabilities::ALL;
 const SIZES: BufferSizes = BufferSizes { recv: udp::RECV_BUFFER, send: udp::SEND_BUFFER };
 
 /// Nothing but sockets.
-const OFF: fast::Config = fast::Config { wanted: Wanted::Off, bpffs: None };
+const OFF: fast_path::Config = fast_path::Config { wanted: Wanted::Off, bpffs: None };
 
 /// Runs `test` in a network namespace of its own; says so if it cannot.
 fn in_netns(test: impl Future<Output = ()> + Send) {

@@ -38,7 +38,12 @@ pub struct Pipe {
     pub events: Vec<WorkerEvent>,
     /// An event was made of the first datagram.
     pub told: bool,
+    /// Datagrams look like WireGuard data of the connection [`Pipe::connection`].
+    pub dressed: bool,
 }
+
+/// Type, receiver index and counter of WireGuard data.
+const DRESS: usize = 16;
 
 impl Pipe {
     pub fn new(route: Option<Route>) -> Self {
@@ -55,7 +60,17 @@ impl Pipe {
             on_command: None,
             events: Vec::new(),
             told: false,
+            dressed: false,
         }
+    }
+
+    /// The connection of what worker `worker` sends, when it is dressed.
+    pub fn connection(worker: usize) -> u32 {
+        worker as u32 + 1
+    }
+
+    fn dress(&self) -> usize {
+        if self.dressed { DRESS } else { 0 }
     }
 
     /// Handles `what`, or passes it to the worker that owns the flow of `packet`.
@@ -96,14 +111,22 @@ impl Pipe {
     }
 
     fn send(&self, packet: &[u8], sink: &mut impl Sink) -> Option<()> {
-        let buffer = sink.reserve_datagram(self.route.as_ref()?, packet.len())?;
-        buffer[..packet.len()].copy_from_slice(packet);
-        sink.commit_datagram(packet.len());
+        let dress = self.dress();
+        let len = dress + packet.len();
+        let buffer = sink.reserve_datagram(self.route.as_ref()?, len)?;
+        if self.dressed {
+            buffer[..DRESS].fill(0);
+            buffer[0] = 4;
+            buffer[4..8].copy_from_slice(&(Self::connection(self.id.get()) << 8).to_le_bytes());
+        }
+        buffer[dress..len].copy_from_slice(packet);
+        sink.commit_datagram(len);
         Some(())
     }
 
     fn write(&mut self, datagram: &Datagram<'_>, sink: &mut impl Sink) -> Option<()> {
         let Datagram { local, from, payload, .. } = *datagram;
+        let payload = payload.get(self.dress()..)?;
         let buffer = sink.reserve_packet(payload.len())?;
         buffer[..payload.len()].copy_from_slice(payload);
         sink.commit_packet(payload.len());
@@ -131,7 +154,8 @@ impl Core for Pipe {
         let mut count = 0;
         for datagram in batch {
             count += 1;
-            self.take(datagram.payload, Passed::Datagram(datagram), sink);
+            let packet = datagram.payload.get(self.dress()..).unwrap_or_default();
+            self.take(packet, Passed::Datagram(datagram), sink);
         }
         self.batches.lock().unwrap().push((false, count));
     }

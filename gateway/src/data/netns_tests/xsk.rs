@@ -7,7 +7,7 @@
 
 mod carried;
 mod modes;
-mod redirect;
+pub mod redirect;
 mod ways;
 
 use std::{
@@ -30,16 +30,16 @@ const SIZES: Sizes = Sizes { frame: 2048, rx: 512, tx: 256, fill: 1024, completi
 const PAIRS: [(&str, &str); 2] = [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
 
 /// The two ends, and namespace `a` entered.
-struct Bed {
+pub struct Bed {
     a: File,
     b: File,
     /// The indices of the veth's ends.
-    interface: u32,
+    pub interface: u32,
     far_interface: u32,
 }
 
 impl Bed {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let a = File::open("/proc/thread-self/ns/net").unwrap();
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let b = File::open("/proc/thread-self/ns/net").unwrap();
@@ -72,11 +72,11 @@ impl Bed {
         Self { interface, far_interface, ..bed }
     }
 
-    fn enter_a(&self) {
+    pub fn enter_a(&self) {
         setns(&self.a, CloneFlags::CLONE_NEWNET).unwrap();
     }
 
-    fn enter_b(&self) {
+    pub fn enter_b(&self) {
         setns(&self.b, CloneFlags::CLONE_NEWNET).unwrap();
     }
 
