@@ -78,13 +78,6 @@ impl Told {
         kernel.plane.outcomes().ok()
     }
 
-    /// What came of the frames that `uplink` saw.
-    #[cfg(test)]
-    pub fn outcomes(&self) -> Vec<(gateway_common::maps::Outcome, u64)> {
-        let outcomes = self.kernel.lock().plane.outcomes().unwrap_or_default();
-        outcomes.into_iter().map(|(outcome, count)| (outcome, count.packets)).collect()
-    }
-
     /// What `uplink` has dropped.
     pub fn drops(&self) -> Counters {
         let mut counters = Counters::default();

@@ -159,8 +159,8 @@ fn fast_path_attaches_carries_is_switched_and_leaves_nothing() {
             println!("{workers} workers: {received} frames received, {sent} sent");
             assert!(received > 1000 && sent > 1000, "{received} received, {sent} sent");
             // The kernel says the same.
-            let outcomes = a.data.told.as_ref().unwrap().outcomes();
-            let of = |outcome| outcomes.iter().find(|(o, _)| *o == outcome).unwrap().1;
+            let outcomes = a.data.frame_outcomes().unwrap();
+            let of = |outcome| outcomes.iter().find(|(o, _)| *o == outcome).unwrap().1.packets;
             assert!(of(Outcome::Redirected) >= received && of(Outcome::NoSocket) == 0, "{outcomes:?}");
 
             let fast = a.data.fast_path().unwrap();
