@@ -4,6 +4,8 @@ mod bpf;
 mod cli;
 mod clock;
 mod condition;
+#[cfg(test)]
+mod count_allocations;
 mod data;
 mod dns;
 mod flow_logs;

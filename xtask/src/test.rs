@@ -92,6 +92,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     for (variation, name) in WORKERS {
         session.step(name, |session| session.scenarios(ready, variation));
     }
+    session.step("core scenarios, fast path forced", |session| session.fast_path(ready, object));
     if filter.is_none() {
         session.step("core scenarios, each capability of the kernel off", |session| {
             session.without_each_capability(ready)
@@ -123,7 +124,7 @@ impl<'a> Session<'a> {
 
     /// Runs one step, prints how it went and adds it up; true unless something in it failed or it was skipped.
     fn step(&mut self, name: &str, work: impl FnOnce(&Self) -> Result<Outcome>) -> bool {
-        const STEPS: [usize; 2] = [20, 11];
+        const STEPS: [usize; 2] = [21, 12];
         self.steps += 1;
         let of = STEPS[usize::from(self.arguments.filter.is_some())];
         println!("\n[{:>2}/{of}] {name} (at {})", self.steps, seconds(self.started.elapsed()));
@@ -214,6 +215,14 @@ impl<'a> Session<'a> {
             scenarios.arg("--filter").arg(filter);
         }
         Ok(Outcome::Ran(tally::run(&mut scenarios)?))
+    }
+
+    /// Native on a veth, offloads off: each scenario fails unless the kernel says that the fast path carried packets.
+    fn fast_path(&self, ready: bool, object: bool) -> Result<Outcome> {
+        if !object {
+            return Ok(Outcome::Skipped("the BPF object was not built".into()));
+        }
+        self.scenarios(ready, &["--core", "--fast-path", "native", "--workers", "2"])
     }
 
     /// What every kernel has that lacks one of them, or an operator who turned it off, lives with.

@@ -151,12 +151,12 @@ mod tests {
                 let readers: Vec<_> = (0..plan.sockets).map(|number| plan.reader(queue, number)).collect();
                 let different: std::collections::BTreeSet<_> = readers.iter().collect();
                 assert_eq!(different.len(), readers.len(), "{plan:?}: one worker twice on a queue");
-                for worker in 0..workers {
+                for (worker, own) in own.iter_mut().enumerate() {
                     let number = plan.socket_for(queue, worker);
                     assert!(number < plan.sockets);
                     if readers.contains(&worker) {
                         assert_eq!(readers[number], worker, "{plan:?}");
-                        own[worker] += 1;
+                        *own += 1;
                     }
                 }
             }

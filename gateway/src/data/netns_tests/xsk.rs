@@ -5,6 +5,7 @@
 //!   ports -- rings -- XDP -- 192.0.2.1, 2001:db8::1  veth-a === veth-b  192.0.2.2, 2001:db8::2 -- UDP sockets
 //! ```
 
+mod allocations;
 mod carried;
 mod modes;
 pub mod redirect;
