@@ -186,7 +186,8 @@ fn every_drop_reason_has_one_series_per_place_and_each_device_its_own() {
     let samples = samples(&page);
     let drops: Vec<_> =
         samples.keys().filter(|name| name.starts_with("firezone_gateway_dropped_packets_total")).collect();
-    assert_eq!(drops.len(), DropReason::COUNT + 1, "all of the workers', one of control's");
+    let expect = DropReason::COUNT + 1 + gateway_common::decide::REASONS.len();
+    assert_eq!(drops.len(), expect, "all of the workers', one of control's, those of the kernel");
     for (place, reason) in [("tun", "tun_write"), ("udp", "udp_send"), ("xdp", "xsk_refused")] {
         let name = format!("firezone_gateway_dropped_packets_total{{place=\"{place}\",reason=\"{reason}\"}}");
         assert!(samples.contains_key(name.as_str()), "{name}");
