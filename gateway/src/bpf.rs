@@ -131,7 +131,7 @@ impl Kernel {
     /// if they cannot be, that is said in the log, and everything works all the same.
     ///
     /// # Errors
-    /// As for [`Kernel::steering`]; this needs CAP_NET_ADMIN too.
+    /// As for [`Kernel::steering`]; this needs CAP_NET_ADMIN and CAP_PERFMON too.
     pub fn whole(folder: Option<&Path>) -> Result<Self> {
         Self::whole_of(built_in().context("built without the kernel programs")?, folder)
             .map_err(name_the_right)
@@ -188,17 +188,17 @@ impl Kernel {
     }
 }
 
-/// The kernel says EPERM where a right is missing, not which; the verifier says something else.
+/// The kernel says EPERM where a right is missing, not which. The verifier says EACCES: with CAP_PERFMON it lets a program
+/// compute with pointers, as `uplink` does for the length of a frame.
 fn name_the_right(error: anyhow::Error) -> anyhow::Error {
-    let refused = |cause: &(dyn std::error::Error + 'static)| {
-        cause.downcast_ref::<io::Error>().is_some_and(|e| e.raw_os_error() == Some(libc::EPERM))
-    };
-    if error.chain().any(refused) {
-        return error.context(
+    let code = error.chain().find_map(|cause| cause.downcast_ref::<io::Error>()?.raw_os_error());
+    match code {
+        Some(libc::EPERM) => error.context(
             "no BPF rights: grant CAP_BPF (in a container, its seccomp profile must let bpf(2) pass too)",
-        );
+        ),
+        Some(libc::EACCES) => error.context("the kernel's verifier refuses the programs: grant CAP_PERFMON"),
+        _ => error,
     }
-    error
 }
 
 /// A map out of the object, for whoever writes to it.

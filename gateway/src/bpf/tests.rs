@@ -73,3 +73,35 @@ fn bpf_maps_are_shown_with_the_names_of_their_fields() {
         assert!(words.contains(&shown), "{name}: {dump}");
     }
 }
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_object_of_another_abi_is_refused_in_one_sentence() {
+    let mut other = object().to_vec();
+    let at = section(&other, maps::ABI_SECTION);
+    assert_eq!(other[at..at + 4], maps::ABI_VERSION.to_ne_bytes());
+    other[at] += 1;
+    let refused = Kernel::whole_of(&other, None).unwrap_err();
+    let (theirs, ours) = (maps::ABI_VERSION + 1, maps::ABI_VERSION);
+    let expect =
+        format!("the BPF object has ABI {theirs}, this daemon {ours}; build both from the same source");
+    assert_eq!(format!("{refused:#}"), expect);
+    let refused = Kernel::whole_of(b"no object", None).unwrap_err();
+    assert!(refused.to_string().contains("the kernel does not take the BPF object"), "{refused:#}");
+}
+
+/// Where a section of an object lies (ELF64, System V ABI chapter 4).
+fn section(object: &[u8], name: &str) -> usize {
+    let word = |at: usize, len: usize| {
+        let bytes = object[at..at + len].iter().rev();
+        bytes.fold(0_usize, |word, byte| word << 8 | usize::from(*byte))
+    };
+    let (table, size, count, names) = (word(0x28, 8), word(0x3a, 2), word(0x3c, 2), word(0x3e, 2));
+    let header = |number: usize| table + number * size;
+    let names = word(header(names) + 0x18, 8);
+    let named = |number: &usize| {
+        let at = names + word(header(*number), 4);
+        object[at..].starts_with(name.as_bytes()) && object[at + name.len()] == 0
+    };
+    word(header((0..count).find(named).expect("a section of that name")) + 0x18, 8)
+}

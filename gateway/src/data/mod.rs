@@ -338,9 +338,11 @@ fn start_kernel(
         Wanted::Off => None,
         wanted => bpf::Kernel::whole(fast_path.bpffs.as_deref())
             .inspect_err(|e| match wanted {
-                Wanted::Exactly(_) => tracing::warn!("Fast path: off: {e:#}"),
-                _ => tracing::info!("Fast path: off: {e:#}"),
+                Wanted::Exactly(_) => tracing::warn!("Fast path: off: {e}"),
+                _ => tracing::info!("Fast path: off: {e}"),
             })
+            // With what the verifier said, which is long.
+            .inspect_err(|e| tracing::debug!("No fast path: {e:#}"))
             .ok(),
     };
     let wants_steering = sockets.len() > 1 && steering::BOTH.iter().any(|capability| in_use.has(*capability));

@@ -82,9 +82,9 @@ pub struct Variation {
     /// What of the kernel the gateway does without: words of FIREZONE_DISABLE, separated by commas.
     #[arg(long, default_value = "")]
     pub disable: String,
-    /// How the gateway's datagrams pass the socket layer by: `--fast-path` of the gateway. With anything but off, each
-    /// scenario must show that they did.
-    #[arg(long, default_value = "off")]
+    /// How the gateway's datagrams pass the socket layer by: `--fast-path` of the gateway. With anything but auto and off,
+    /// each scenario must show that they did.
+    #[arg(long, default_value = "auto")]
     pub fast_path: String,
 }
 
@@ -94,8 +94,12 @@ impl Variation {
         let workers = self.workers.map(|workers| ("FIREZONE_WORKERS".to_owned(), workers.to_string()));
         let disable =
             (!self.disable.is_empty()).then(|| ("FIREZONE_DISABLE".to_owned(), self.disable.clone()));
-        let fast_path = ("FIREZONE_FAST_PATH".to_owned(), self.fast_path.clone());
-        workers.into_iter().chain(disable).chain([fast_path]).collect()
+        let fast_path =
+            (!self.fast_path.is_empty()).then(|| ("FIREZONE_FAST_PATH".to_owned(), self.fast_path.clone()));
+        // Not where a gateway of this machine may have its own: no bpffs, so that nothing is pinned.
+        let bpffs = janitor::directory(std::process::id()).join("bpffs").display().to_string();
+        let bpffs = ("FIREZONE_BPFFS".to_owned(), bpffs);
+        workers.into_iter().chain(disable).chain(fast_path).chain([bpffs]).collect()
     }
 
     /// Whether the gateway must take the fast path.

@@ -2,23 +2,48 @@
 
 use std::{os::fd::AsFd as _, process::Command};
 
+use aya::programs::XdpMode;
 use gateway_proto::{ConnectionIndex, WorkerId};
 
 use super::network::Network;
 use crate::bpf::{Kernel, LeftOut};
 
+const REFUSAL: &str = "no BPF rights: grant CAP_BPF";
+
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_steering_needs_cap_bpf_and_nothing_else() {
     const ALONE: &str = "bpf::tests::rights::bpf_steering_loads_and_is_attached_with_the_rights_there_are";
-    const REFUSAL: &str = "no BPF rights: grant CAP_BPF";
+    with_rights(
+        ALONE,
+        &[("-all,+bpf", None), ("-all,+net_admin,+bpf", None), ("-all,+net_admin", Some(REFUSAL))],
+    );
+}
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_uplink_needs_three_rights_and_the_missing_one_is_named() {
+    const ALONE: &str = "bpf::tests::rights::bpf_uplink_is_attached_with_the_rights_there_are";
+    with_rights(
+        ALONE,
+        &[
+            ("-all,+net_admin,+bpf,+perfmon", None),
+            ("-all,+net_admin,+perfmon", Some(REFUSAL)),
+            ("-all,+net_admin,+bpf", Some("the kernel's verifier refuses the programs: grant CAP_PERFMON")),
+            // XSKS is refused then.
+            ("-all,+bpf,+perfmon", Some("no BPF rights")),
+        ],
+    );
+}
+
+/// Runs a test of this program by itself, with each of these rights; what it must say, if it is to fail.
+fn with_rights(test: &str, table: &[(&str, Option<&str>)]) {
     let network = Network::make().unwrap();
-    let table = [("-all,+bpf", None), ("-all,+net_admin,+bpf", None), ("-all,+net_admin", Some(REFUSAL))];
     for (rights, refusal) in table {
         let child = network.enter("receiver", || {
             let mut child = Command::new("setpriv");
             child.args(["--bounding-set", rights, "--inh-caps", rights]).arg(std::env::current_exe()?);
-            Ok(child.args(["--exact", ALONE, "--ignored", "--nocapture"]).output()?)
+            Ok(child.args(["--exact", test, "--ignored", "--nocapture"]).output()?)
         });
         let child = child.unwrap();
         let (out, err) = (String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
@@ -47,4 +72,17 @@ fn bpf_steering_loads_and_is_attached_with_the_rights_there_are() {
     steering.owners.set_session(ConnectionIndex::new(7).unwrap(), WorkerId::new(1));
     steering.owners.set_tunnel([100, 64, 0, 7].into(), WorkerId::new(1));
     assert_eq!(steering.owners.left_out(), LeftOut::default());
+}
+
+/// In the namespace `receiver`; elsewhere there is no such device.
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_uplink_is_attached_with_the_rights_there_are() {
+    let mut kernel = Kernel::whole(None).unwrap();
+    if !std::path::Path::new("/proc/thread-self/net/dev_snmp6/up0").exists() {
+        return;
+    }
+    let link = kernel.plane.attach_uplink("up0", XdpMode::Driver).unwrap();
+    assert!(kernel.enable(true).unwrap());
+    kernel.plane.detach_uplink(link).unwrap();
 }

@@ -139,7 +139,10 @@ impl FastPath {
 
     /// How it is now.
     pub fn status(&self) -> Status {
-        self.shared.status().clone()
+        let mut status = self.shared.status().clone();
+        // Whoever found the map full has switched it off at once.
+        status.on &= !self.kernel.lock().must_pass();
+        status
     }
 
     /// Frames from the rings to the workers, and back.
