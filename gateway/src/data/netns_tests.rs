@@ -84,6 +84,12 @@ async fn veth_between(a: &File, b: &File) {
     }
 }
 
+/// `ethtool`, in the namespace of this thread.
+fn ethtool(arguments: &str) {
+    let output = Process::new("ethtool").args(arguments.split(' ')).output().expect("ethtool is installed");
+    assert!(output.status.success(), "ethtool {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// The output of `ip`, in the namespace of this thread; empty if it fails.
 fn ip(arguments: &str) -> String {
     let output = Process::new("ip").args(arguments.split(' ')).output().expect("iproute2 is installed");

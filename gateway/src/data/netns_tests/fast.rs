@@ -21,11 +21,11 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 use super::{
-    ALL, OFF, SIZES, addrs, fast_path, in_netns, ip,
-    pipe::Pipe,
+    ALL, OFF, SIZES, addrs, ethtool, fast_path, in_netns, ip,
+    pipe::{CHANNEL, Dress, Pipe},
     traffic::{datagrams, transfer},
     xsk::{
-        Bed,
+        Bed, PAIRS,
         redirect::{Mode as Attach, Redirect},
     },
 };
@@ -39,8 +39,7 @@ use crate::{
 };
 
 const NATIVE: fast_path::Config = fast_path::Config { wanted: Wanted::Exactly(Mode::Native), bpffs: None };
-const HERE: &str = "192.0.2.1";
-const THERE: &str = "192.0.2.2";
+const PAIR: (&str, &str) = PAIRS[0];
 
 /// False, and says so, without the kernel programs.
 fn can_run() -> bool {
@@ -56,10 +55,16 @@ struct Side {
 }
 
 impl Side {
-    async fn start(n: u8, workers: usize, fast_path: &fast_path::Config, (own, other): (&str, &str)) -> Self {
+    async fn start(
+        n: u8,
+        workers: usize,
+        fast_path: &fast_path::Config,
+        dress: Dress,
+        (own, other): (&str, &str),
+    ) -> Self {
         let at = |ip: &str| (ip.parse::<std::net::IpAddr>().unwrap(), PORT).into();
         let route = Route { src: Some(at(own)), dst: at(other), ecn: Ecn::NotEct };
-        let pipe = Pipe { dressed: true, ..Pipe::new(Some(route)) };
+        let pipe = Pipe { dress, ..Pipe::new(Some(route)) };
         let core = |id| Pipe { id, workers, ..pipe.clone() };
         let data = DataPlane::start_with(TUN_NAME, workers, SIZES, ALL, fast_path, core, |_, _| None);
         let mut data = data.unwrap();
@@ -81,6 +86,7 @@ impl Side {
         }
         // Anything by the link: it is how the interface is found.
         data.send(Command::Relays([at(other)].into()));
+        data.send(Command::Channel { server: at(other), number: CHANNEL, peer: Some(at(other)) });
         Self { data, interface }
     }
 
@@ -110,10 +116,20 @@ impl Side {
 
 /// Both sides, `a` entered and with its fast path on.
 async fn sides(bed: &Bed, workers: usize) -> [Side; 2] {
+    dressed_sides(bed, workers, &NATIVE, Dress::Data, PAIR).await
+}
+
+async fn dressed_sides(
+    bed: &Bed,
+    workers: usize,
+    wanted: &fast_path::Config,
+    dress: Dress,
+    (here, there): (&str, &str),
+) -> [Side; 2] {
     bed.enter_b();
-    let b = Side::start(2, workers, &OFF, (THERE, HERE)).await;
+    let b = Side::start(2, workers, &OFF, dress, (there, here)).await;
     bed.enter_a();
-    let a = Side::start(1, workers, &NATIVE, (HERE, THERE)).await;
+    let a = Side::start(1, workers, wanted, dress, (here, there)).await;
     a.until("on", |status| status.on).await;
     [a, b]
 }
@@ -177,6 +193,37 @@ fn fast_path_attaches_carries_is_switched_and_leaves_nothing() {
             bed.enter_b();
             b.close().await;
         });
+    }
+}
+
+#[test]
+fn fast_path_carries_direct_and_relayed_over_ipv4_and_ipv6_in_every_mode_of_a_veth() {
+    for mode in [Mode::Native, Mode::Generic] {
+        for (dress, pair) in
+            [Dress::Data, Dress::Relayed].into_iter().flat_map(|dress| PAIRS.map(|pair| (dress, pair)))
+        {
+            in_netns(async move {
+                if !can_run() {
+                    return;
+                }
+                let bed = Bed::new();
+                let wanted = fast_path::Config { wanted: Wanted::Exactly(mode), bpffs: None };
+                if mode == Mode::Generic {
+                    // Such a program comes behind all that merges.
+                    bed.enter_b();
+                    ethtool("-K veth-b gso off tso off tx-udp-segmentation off");
+                    bed.enter_a();
+                    ethtool("-K veth-a gro off");
+                }
+                let [a, b] = dressed_sides(&bed, 2, &wanted, dress, pair).await;
+                let (received, sent) = carry(&bed, &a).await;
+                println!("{mode}, {dress:?}, {}: {received} frames received, {sent} sent", pair.0);
+                assert!(received > 1000 && sent > 1000, "{received} received, {sent} sent");
+                a.close().await;
+                bed.enter_b();
+                b.close().await;
+            });
+        }
     }
 }
 
@@ -294,7 +341,7 @@ fn fast_path_of_another_program_is_respected_until_it_goes() {
         }
         let bed = Bed::new();
         let other = Redirect::attach(bed.interface, Attach::Native).unwrap();
-        let a = Side::start(1, 1, &NATIVE, (HERE, THERE)).await;
+        let a = Side::start(1, 1, &NATIVE, Dress::Data, PAIR).await;
         a.until("refused", |status| status.outcome.contains("another XDP program (id ")).await;
         assert!(!a.data.fast_path().unwrap().switch(true).await.unwrap());
         assert!(shows_xdp(), "it is still there");
@@ -314,7 +361,7 @@ fn fast_path_by_itself_leaves_a_veth_alone() {
         }
         let _bed = Bed::new();
         let auto = fast_path::Config::default();
-        let a = Side::start(1, 1, &auto, (HERE, THERE)).await;
+        let a = Side::start(1, 1, &auto, Dress::Data, PAIR).await;
         a.until("refused", |status| status.outcome.contains("veth-a is a veth device")).await;
         assert!(!shows_xdp());
         a.close().await;

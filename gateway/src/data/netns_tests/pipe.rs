@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway_common::{Counters, DropReason};
+use gateway_common::{Counters, DropReason, channel_data};
 use gateway_proto::{
     Command, Datagram, Handover, Passed, Route, Sink, WorkerEvent, WorkerId,
     command::StunDatagram,
@@ -38,12 +38,52 @@ pub struct Pipe {
     pub events: Vec<WorkerEvent>,
     /// An event was made of the first datagram.
     pub told: bool,
-    /// Datagrams look like WireGuard data of the connection [`Pipe::connection`].
-    pub dressed: bool,
+    /// What datagrams look like.
+    pub dress: Dress,
 }
 
+/// What stands in front of a packet in a datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dress {
+    /// Nothing.
+    None,
+    /// They look like WireGuard data of the connection [`Pipe::connection`].
+    Data,
+    /// The same on channel [`CHANNEL`].
+    Relayed,
+}
+
+/// A channel's number.
+pub const CHANNEL: u16 = 0x4001;
 /// Type, receiver index and counter of WireGuard data.
-const DRESS: usize = 16;
+const DATA: usize = 16;
+
+impl Dress {
+    fn len(self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Data => DATA,
+            Self::Relayed => channel_data::HEADER_LEN + DATA,
+        }
+    }
+
+    /// Writes what stands in front of the packet that the rest of `datagram` is.
+    fn put_on(self, datagram: &mut [u8], connection: u32) {
+        let data = match self {
+            Self::None => return,
+            Self::Data => datagram,
+            Self::Relayed => {
+                let (header, data) = datagram.split_at_mut(channel_data::HEADER_LEN);
+                header[..2].copy_from_slice(&CHANNEL.to_be_bytes());
+                header[2..].copy_from_slice(&(data.len() as u16).to_be_bytes());
+                data
+            }
+        };
+        data[..DATA].fill(0);
+        data[0] = 4;
+        data[4..8].copy_from_slice(&(connection << 8).to_le_bytes());
+    }
+}
 
 impl Pipe {
     pub fn new(route: Option<Route>) -> Self {
@@ -60,17 +100,13 @@ impl Pipe {
             on_command: None,
             events: Vec::new(),
             told: false,
-            dressed: false,
+            dress: Dress::None,
         }
     }
 
     /// The connection of what worker `worker` sends, when it is dressed.
     pub fn connection(worker: usize) -> u32 {
         worker as u32 + 1
-    }
-
-    fn dress(&self) -> usize {
-        if self.dressed { DRESS } else { 0 }
     }
 
     /// Handles `what`, or passes it to the worker that owns the flow of `packet`.
@@ -111,22 +147,17 @@ impl Pipe {
     }
 
     fn send(&self, packet: &[u8], sink: &mut impl Sink) -> Option<()> {
-        let dress = self.dress();
-        let len = dress + packet.len();
+        let len = self.dress.len() + packet.len();
         let buffer = sink.reserve_datagram(self.route.as_ref()?, len)?;
-        if self.dressed {
-            buffer[..DRESS].fill(0);
-            buffer[0] = 4;
-            buffer[4..8].copy_from_slice(&(Self::connection(self.id.get()) << 8).to_le_bytes());
-        }
-        buffer[dress..len].copy_from_slice(packet);
+        buffer[self.dress.len()..len].copy_from_slice(packet);
+        self.dress.put_on(&mut buffer[..len], Self::connection(self.id.get()));
         sink.commit_datagram(len);
         Some(())
     }
 
     fn write(&mut self, datagram: &Datagram<'_>, sink: &mut impl Sink) -> Option<()> {
         let Datagram { local, from, payload, .. } = *datagram;
-        let payload = payload.get(self.dress()..)?;
+        let payload = payload.get(self.dress.len()..)?;
         let buffer = sink.reserve_packet(payload.len())?;
         buffer[..payload.len()].copy_from_slice(payload);
         sink.commit_packet(payload.len());
@@ -154,7 +185,7 @@ impl Core for Pipe {
         let mut count = 0;
         for datagram in batch {
             count += 1;
-            let packet = datagram.payload.get(self.dress()..).unwrap_or_default();
+            let packet = datagram.payload.get(self.dress.len()..).unwrap_or_default();
             self.take(packet, Passed::Datagram(datagram), sink);
         }
         self.batches.lock().unwrap().push((false, count));

@@ -28,7 +28,7 @@ use crate::data::xsk::{OpenError, Place, Port, Queue, Sizes, Socket, Transfer, o
 
 const QUEUES: u32 = 2;
 const SIZES: Sizes = Sizes { frame: 2048, rx: 512, tx: 256, fill: 1024, completion: 1024, frames: 2048 };
-const PAIRS: [(&str, &str); 2] = [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
+pub const PAIRS: [(&str, &str); 2] = [("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")];
 
 /// The two ends, and namespace `a` entered.
 pub struct Bed {

@@ -26,6 +26,7 @@ pub async fn facts(handle: &Handle, index: u32) -> Result<Facts> {
         facts.queues = queues;
     }
     facts.strips_vlan = strips_vlan(&facts.name).ok();
+    facts.merges = merges(&facts.name).unwrap_or(true);
     Ok(facts)
 }
 
@@ -43,6 +44,7 @@ fn of(link: &LinkMessage) -> Facts {
         program: None,
         has_vlans: false,
         strips_vlan: None,
+        merges: true,
     };
     for attribute in &link.attributes {
         match attribute {
@@ -100,6 +102,14 @@ fn strips_vlan(name: &str) -> io::Result<bool> {
     Ok(words[1] & RX_VLAN != 0)
 }
 
+/// ETHTOOL_GGRO: whether the stack merges.
+fn merges(name: &str) -> io::Result<bool> {
+    const GET_GRO: u32 = 0x2b;
+    let mut words = [GET_GRO, 0];
+    ethtool(name, &mut words)?;
+    Ok(words[1] != 0)
+}
+
 /// SIOCETHTOOL with a structure of 32-bit words, of which the first is the command.
 fn ethtool<const N: usize>(name: &str, words: &mut [u32; N]) -> io::Result<()> {
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
@@ -115,7 +125,7 @@ fn ethtool<const N: usize>(name: &str, words: &mut [u32; N]) -> io::Result<()> {
     }
     let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_data: words.as_mut_ptr().cast() };
     let mut request = libc::ifreq { ifr_name, ifr_ifru };
-    // SAFETY: the descriptor is open and the request lives for the call. For the two commands above the kernel reads
+    // SAFETY: the descriptor is open and the request lives for the call. For the commands above the kernel reads
     // and writes N words at the address in it, which are lent to us for writing.
     #[expect(unsafe_code, reason = "an ioctl that takes an address")]
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };

@@ -96,6 +96,8 @@ pub struct Facts {
     pub has_vlans: bool,
     /// It takes VLAN tags off before anybody sees the frame; `None` if it does not say.
     pub strips_vlan: Option<bool>,
+    /// The stack merges what arrives (GRO), or the device does.
+    pub merges: bool,
 }
 
 impl Facts {
@@ -106,6 +108,7 @@ impl Facts {
             (self.up != new.up, if new.up { "its link is up" } else { "its link is down" }),
             (self.mtu != new.mtu, "its MTU has changed"),
             (self.queues != new.queues, "its queues have changed"),
+            (self.merges != new.merges, "its GRO was switched"),
             (self.enslaved != new.enslaved, "it has joined or left another device"),
             (
                 (self.has_vlans, self.strips_vlan) != (new.has_vlans, new.strips_vlan),
@@ -172,6 +175,14 @@ pub fn probe(wanted: Wanted, facts: &Facts, mut attempt: impl FnMut(Mode) -> Res
         _ => &[Mode::ZeroCopy, Mode::Native, Mode::Generic],
     };
     for mode in modes {
+        if *mode == Mode::Generic && facts.merges {
+            let name = &facts.name;
+            let reason = format!(
+                "GRO merges datagrams before such a program sees them; `ethtool -K {name} gro off` leaves them apart"
+            );
+            reasons.push((Some(*mode), reason));
+            continue;
+        }
         match attempt(*mode) {
             Ok(()) => return Outcome { mode: Some(*mode), reasons },
             Err(Refusal::Mode(reason)) => reasons.push((Some(*mode), reason)),
@@ -250,6 +261,7 @@ mod tests {
             program: None,
             has_vlans: false,
             strips_vlan: Some(true),
+            merges: false,
         }
     }
 
@@ -309,6 +321,26 @@ mod tests {
             let attempt = |mode| if works.is_some_and(|best| mode >= best) { Ok(()) } else { no_mode(mode) };
             assert_eq!(probe(wanted, &nic(), attempt).to_string(), expect, "{works:?} {wanted:?}");
         }
+    }
+
+    #[test]
+    fn a_program_behind_gro_is_not_tried() {
+        let facts = Facts { merges: true, ..nic() };
+        let gro = "GRO merges datagrams before such a program sees them; `ethtool -K eth0 gro off` leaves them apart";
+        for (wanted, expect) in [
+            (Wanted::Exactly(Mode::Generic), format!("off (not generic: {gro})")),
+            (
+                Wanted::Auto,
+                format!(
+                    "off (not native with zero-copy: native with zero-copy does not work; \
+                     not native: native does not work; not generic: {gro})"
+                ),
+            ),
+        ] {
+            let attempt = |mode| if mode == Mode::Generic { Ok(()) } else { no_mode(mode) };
+            assert_eq!(probe(wanted, &facts, attempt).to_string(), expect);
+        }
+        assert_eq!(probe(Wanted::Auto, &facts, |_| Ok(())).mode, Some(Mode::ZeroCopy));
     }
 
     #[test]
@@ -407,6 +439,7 @@ mod tests {
             (Facts { up: false, ..nic() }, Some("its link is down")),
             (Facts { mtu: 9000, ..nic() }, Some("its MTU has changed")),
             (Facts { queues: 8, ..nic() }, Some("its queues have changed")),
+            (Facts { merges: true, ..nic() }, Some("its GRO was switched")),
             (Facts { enslaved: true, ..nic() }, Some("it has joined or left another device")),
             (Facts { has_vlans: true, ..nic() }, Some("its VLANs have changed")),
             (Facts { index: 3, ..nic() }, Some("it is another device")),

@@ -7,7 +7,7 @@ use super::{
     redirect::{Mode as Attach, Redirect},
 };
 use crate::data::{
-    netns_tests::{in_netns, ip},
+    netns_tests::{ethtool, in_netns, ip},
     xsk::{Facts, Mode, OpenError, Place, Refusal, Transfer, Wanted, facts, open, probe},
 };
 
@@ -35,6 +35,7 @@ fn xsk_facts_are_what_the_devices_are() {
             program: None,
             has_vlans: false,
             strips_vlan: veth.strips_vlan,
+            merges: veth.merges,
         };
         assert_eq!(veth, expect);
         assert!(veth.strips_vlan.is_some(), "ethtool says it of a veth");
@@ -55,6 +56,11 @@ fn xsk_facts_are_what_the_devices_are() {
             assert_eq!(veth.change(&with_vlan), Some("its VLANs have changed"));
             ip("link del eth0.5");
         }
+        for (gro, merges) in [("on", true), ("off", false)] {
+            ethtool(&format!("-K veth-a gro {gro}"));
+            assert_eq!(of(&handle, "veth-a").await.merges, merges);
+        }
+        let veth = Facts { merges: false, ..veth };
         for (change, expect) in [
             ("link set veth-a mtu 1400", Some("its MTU has changed")),
             ("link set veth-a mtu 1500", None),
@@ -97,11 +103,11 @@ fn xsk_veth_gets_nothing_by_itself_and_what_it_can_if_it_is_told() {
             (Wanted::Exactly(Mode::Generic), "generic"),
         ];
         for (wanted, expect) in table {
-            let facts = of(&handle, "veth-a").await;
+            let facts = Facts { merges: false, ..of(&handle, "veth-a").await };
             assert_eq!(probe(wanted, &facts, attempt).to_string(), expect, "{wanted:?}");
         }
         // As if it were a NIC: every step is taken.
-        let nic = Facts { kind: None, ..of(&handle, "veth-a").await };
+        let nic = Facts { kind: None, merges: false, ..of(&handle, "veth-a").await };
         let mut steps = Vec::new();
         let outcome = probe(Wanted::Auto, &nic, |mode| {
             steps.push(mode);
