@@ -76,11 +76,11 @@ pub struct Cli {
 
     /// How datagrams may pass the socket layer by (XDP and AF_XDP): auto takes the best that the interface towards the
     /// relays offers, and leaves virtual ones alone; the others are exactly that, or nothing. The log says what became of
-    /// it.
+    /// it. Off by default until it has been measured on network cards.
     #[arg(
         long,
         env = "FIREZONE_FAST_PATH",
-        default_value = "auto",
+        default_value = "off",
         value_parser = Wanted::from_str,
         value_name = "auto|off|generic|native|zerocopy",
         help_heading = "Data plane"
@@ -350,7 +350,7 @@ mod tests {
             ("native", Wanted::Exactly(Native)),
             ("zerocopy", Wanted::Exactly(ZeroCopy)),
         ];
-        assert_eq!(Cli::parse_from(["firezone-gateway"]).fast_path, Wanted::Auto);
+        assert_eq!(Cli::parse_from(["firezone-gateway"]).fast_path, Wanted::Off);
         for (word, expect) in table {
             assert_eq!(Cli::parse_from(["firezone-gateway", "--fast-path", word]).fast_path, expect);
         }
