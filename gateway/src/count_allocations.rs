@@ -1,4 +1,4 @@
-//! For tests: how often the calling thread has asked for memory.
+//! For tests, here and of `gateway-proto`: how often the calling thread has asked for memory.
 
 #![expect(unsafe_code, reason = "an allocator is asked by unsafe calls")]
 

@@ -5,8 +5,6 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
-    alloc::{GlobalAlloc, Layout, System},
-    cell::Cell,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
@@ -36,6 +34,9 @@ use gateway_proto::{
 use uuid::Uuid;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
+
+#[path = "../../src/count_allocations.rs"]
+mod count_allocations;
 
 const ROUNDS: usize = 2000;
 /// A multiple of what the rounds repeat.
@@ -70,9 +71,9 @@ fn packets_of_an_established_session_allocate_nothing() {
         // denied packets that are told.
         setup.run(&datagrams[..WARM], &mut packets[..WARM]);
 
-        let before = ALLOCATIONS.get();
+        let before = count_allocations::so_far();
         setup.run(&datagrams[WARM..], &mut packets[WARM..]);
-        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}, accounted: {accounted}");
+        assert_eq!(count_allocations::so_far() - before, 0, "relayed: {relayed}, accounted: {accounted}");
 
         let traffic = setup.worker.traffic();
         let (out, back) = if relayed {
@@ -111,9 +112,9 @@ fn packets_on_their_way_between_workers_allocate_nothing() {
             setup.worker.handle_handovers(batch, now, &mut setup.sink);
         };
         pass(&mut setup, &datagrams[0]);
-        let before = ALLOCATIONS.get();
+        let before = count_allocations::so_far();
         datagrams[1..].iter().for_each(|payload| pass(&mut setup, payload));
-        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}, accounted: {accounted}");
+        assert_eq!(count_allocations::so_far() - before, 0, "relayed: {relayed}, accounted: {accounted}");
         let rounds = ROUNDS as u64;
         assert_eq!(
             (setup.sink.passed, setup.sink.packets, setup.sink.datagrams),
@@ -136,9 +137,9 @@ fn packets_of_a_translated_session_allocate_nothing() {
         let datagrams: Vec<Vec<u8>> = (0..ROUNDS).map(|n| setup.seal(&outbound[n % 3])).collect();
         let mut packets: Vec<Vec<u8>> = (0..ROUNDS).map(|n| inbound[n % 3].clone()).collect();
         setup.run(&datagrams[..WARM], &mut packets[..WARM]);
-        let before = ALLOCATIONS.get();
+        let before = count_allocations::so_far();
         setup.run(&datagrams[WARM..], &mut packets[WARM..]);
-        assert_eq!(ALLOCATIONS.get() - before, 0, "relayed: {relayed}, accounted: {accounted}");
+        assert_eq!(count_allocations::so_far() - before, 0, "relayed: {relayed}, accounted: {accounted}");
         let pass = (ROUNDS as u64 * 2).div_ceil(3);
         assert_eq!(setup.sink.packets, pass);
         let counters = setup.worker.counters();
@@ -162,11 +163,11 @@ fn looking_at_a_session_in_time_allocates_nothing() {
         let now = start + Duration::from_secs(second);
         let [mut there, mut back] = [udp(client, proxy, 53), udp(real, client, 53)];
         let mut view = [&there, &back].map(|packet| inner::view(packet).unwrap());
-        let before = ALLOCATIONS.get();
+        let before = count_allocations::so_far();
         assert!(nat.outbound(&mut there, &mut view[0], real.parse().unwrap(), now).is_ok());
         assert!(matches!(nat.inbound(&mut back, &mut view[1], now), Inbound::Rewritten(_)));
         nat.handle_timeout(now);
-        ALLOCATIONS.get() - before
+        count_allocations::so_far() - before
     };
     assert!(turn(0) > 0, "a new session has to be put somewhere");
     // The first session that comes up makes the list of those that did.
@@ -191,14 +192,14 @@ fn counting_packets_of_open_flows_allocates_nothing() {
     let mut turn = |second: u64| {
         let now = start + Duration::from_secs(second);
         let mut out = |_: Box<FlowReport>| reports += 1;
-        let before = ALLOCATIONS.get();
+        let before = count_allocations::so_far();
         for [there, back] in &packets {
             flows.outbound(there, &inner::view(there).unwrap(), way, &occasion, now, &mut out);
             flows.inbound(back, &inner::view(back).unwrap(), now, &mut out);
             flows.inbound(&stranger, &inner::view(&stranger).unwrap(), now, &mut out);
         }
         flows.handle_timeout(now, &mut out);
-        ALLOCATIONS.get() - before
+        count_allocations::so_far() - before
     };
     assert!(turn(0) > 0, "a new flow has to be put somewhere");
     // The first flow that comes up makes the list of those that did.
@@ -452,33 +453,4 @@ fn udp(src: &str, dst: &str, port: u16) -> Vec<u8> {
     packet.extend([port.to_be_bytes(), port.to_be_bytes(), 108_u16.to_be_bytes(), [0, 0]].concat());
     packet.resize(128, 1);
     packet
-}
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-// SAFETY: every call is passed on unchanged to the system's allocator; counting touches a thread-local without a
-// destructor and allocates nothing.
-#[expect(unsafe_code, reason = "a global allocator is the only way to count allocations")]
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are handed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are handed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: the caller's promises are handed on.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     net::{
-        process::wait_for,
+        process::{run, wait_for},
         topology::{LAN_HOST, LAN_HOST_2},
     },
     standins::portal::{Filter, Role},
@@ -163,18 +163,15 @@ pub(super) fn spoofed_source(cx: &mut Context) -> Result<()> {
         ("fd00:2021:1111::9:9".to_owned(), LAN_HOST.1.to_string()),
     ] {
         // The kernel makes a fresh IPv6 address its own by a work queue; what answers a ping before that is lost.
-        let mut last = String::new();
-        let refused = wait_for("the refusal", 6 * SECOND, || {
-            last = ping_raw(client, &["-I", &source, &target])?.stdout;
-            Ok(is_prohibited(&last).then_some(()))
-        });
-        refused.with_context(|| format!("as {source}, ping to {target} said {last}"))?;
+        wait_for(&format!("{source} to be the client's"), 2 * SECOND, || {
+            let route = run(client, SECOND, &["ip", "route", "get", &source])?.success()?;
+            Ok(route.starts_with("local ").then_some(()))
+        })?;
+        let said = ping_raw(client, &["-I", &source, &target])?.stdout;
+        ensure!(is_prohibited(&said), "as {source}, ping to {target} said {said}");
     }
-    let list = crate::net::process::run(
-        &cx.topology.lan,
-        SECOND * 2,
-        &["nft", "list", "counter", "inet", "watch", "echo_requests"],
-    )?;
+    let list =
+        run(&cx.topology.lan, SECOND * 2, &["nft", "list", "counter", "inet", "watch", "echo_requests"])?;
     let list = list.success()?;
     ensure!(list.contains("packets 0 "), "the LAN saw a packet with a foreign source: {list}");
     ping_both(client).context("with its own source")?;

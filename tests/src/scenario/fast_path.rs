@@ -9,6 +9,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use gateway_common::maps::{self, Outcome};
 use serde_json::Value;
 
 use crate::net::{netns, process::run, topology::Topology};
@@ -50,7 +51,7 @@ impl Proof {
         ensure!(program["name"] == "uplink", "another program is attached to {UPLINK}: {program}");
         for map in program["map_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64) {
             let map = map.to_string();
-            if self.json(&["bpftool", "-j", "map", "show", "id", &map])?["name"] == "VERDICTS" {
+            if self.json(&["bpftool", "-j", "map", "show", "id", &map])?["name"] == maps::VERDICTS.name {
                 return redirected(&self.json(&["bpftool", "-j", "map", "dump", "id", &map])?);
             }
         }
@@ -88,9 +89,9 @@ impl Proof {
     }
 }
 
-/// Of a dump of VERDICTS: entry 2, summed over the CPUs.
+/// Of a dump of VERDICTS: the entry of redirected frames, summed over the CPUs.
 fn redirected(dump: &Value) -> Result<u64> {
-    const REDIRECTED: u64 = 2;
+    const REDIRECTED: u64 = Outcome::Redirected as u64;
     let entries = dump.as_array().context("a dump is a list")?;
     let entry = entries.iter().find(|entry| entry["formatted"]["key"] == REDIRECTED);
     let values = entry.and_then(|entry| entry["formatted"]["values"].as_array());

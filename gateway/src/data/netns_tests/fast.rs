@@ -4,11 +4,7 @@
 
 use std::{
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
-    thread,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -23,7 +19,7 @@ use zeroize::Zeroizing;
 use super::{
     ALL, OFF, SIZES, addrs, ethtool, fast_path, in_netns, ip,
     pipe::{CHANNEL, Dress, Pipe},
-    traffic::{datagrams, transfer},
+    traffic::{Arrived, Numbered, datagrams, transfer},
     xsk::{
         Bed, PAIRS,
         redirect::{Mode as Attach, Redirect},
@@ -241,37 +237,7 @@ fn fast_path_is_switched_while_packets_pass_and_none_is_lost_or_late() {
             bed.enter_b();
             let from = UdpSocket::bind((addrs(2).v4, 0)).unwrap();
             bed.enter_a();
-            let dst = to.local_addr().unwrap();
-            let (stop, read) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
-            let writer = thread::spawn({
-                let (stop, read) = (Arc::clone(&stop), Arc::clone(&read));
-                move || {
-                    let mut number = 0_u32;
-                    while !stop.load(Ordering::Relaxed) {
-                        // No more are under way than fit everywhere, however slow the machine is.
-                        if number - read.load(Ordering::Relaxed) < 200 {
-                            for _ in 0..8 {
-                                from.send_to(&number.to_be_bytes(), dst).unwrap();
-                                number += 1;
-                            }
-                        }
-                        thread::sleep(Duration::from_millis(1));
-                    }
-                    number
-                }
-            });
-            let reader = thread::spawn(move || {
-                to.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-                let (mut newest, mut latest) = (0, 0);
-                let mut bytes = [0; 4];
-                while to.recv(&mut bytes).is_ok() {
-                    let number = u32::from_be_bytes(bytes);
-                    newest = newest.max(number);
-                    latest = latest.max(newest - number);
-                    read.fetch_add(1, Ordering::Relaxed);
-                }
-                (read.load(Ordering::Relaxed), latest)
-            });
+            let stream = Numbered::start(from, to, true);
             let fast = a.data.fast_path().unwrap();
             for round in 0..20 {
                 let before = a.carried().0;
@@ -283,9 +249,7 @@ fn fast_path_is_switched_while_packets_pass_and_none_is_lost_or_late() {
                 }
                 assert_eq!(fast.switch(round % 2 == 1).await.unwrap(), round % 2 == 1);
             }
-            stop.store(true, Ordering::Relaxed);
-            let sent = writer.join().unwrap();
-            let (count, latest) = tokio::task::spawn_blocking(move || reader.join().unwrap()).await.unwrap();
+            let Arrived { sent, count, latest } = stream.finish().await;
             println!("{workers} workers: {count} of {sent} datagrams, the latest {latest} behind the newest");
             assert_eq!(count, sent, "some are lost");
             assert!(count > 0 && latest < 1024, "{latest} behind the newest");

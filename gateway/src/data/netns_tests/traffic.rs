@@ -4,7 +4,11 @@ use std::{
     fs::File,
     io::{Read as _, Write as _},
     net::{IpAddr, TcpListener, TcpStream, UdpSocket},
-    sync::atomic::Ordering,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -191,4 +195,65 @@ pub fn datagrams(from: &UdpSocket, to: &UdpSocket) {
         }
     }
     assert_eq!(expect, (20 * 31u32 % 256) as u8);
+}
+
+/// Numbered datagrams one way, eight each millisecond, until [`Numbered::finish`].
+pub struct Numbered {
+    stop: Arc<AtomicBool>,
+    writer: JoinHandle<u32>,
+    reader: JoinHandle<(u32, u32)>,
+}
+
+/// What became of them.
+pub struct Arrived {
+    pub sent: u32,
+    pub count: u32,
+    /// How far the latest was behind the newest before it.
+    pub latest: u32,
+}
+
+impl Numbered {
+    /// If `bounded`, no more are under way than fit everywhere, however slow the machine is.
+    pub fn start(from: UdpSocket, to: UdpSocket, bounded: bool) -> Self {
+        let (stop, read) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
+        let dst = to.local_addr().unwrap();
+        let writer = std::thread::spawn({
+            let (stop, read) = (Arc::clone(&stop), Arc::clone(&read));
+            move || {
+                let mut number = 0_u32;
+                while !stop.load(Ordering::Relaxed) {
+                    if !bounded || number - read.load(Ordering::Relaxed) < 200 {
+                        for _ in 0..8 {
+                            from.send_to(&number.to_be_bytes(), dst).unwrap();
+                            number += 1;
+                        }
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                number
+            }
+        });
+        let reader = std::thread::spawn(move || {
+            to.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            let (mut newest, mut latest) = (0, 0);
+            let mut bytes = [0; 4];
+            while to.recv(&mut bytes).is_ok() {
+                let number = u32::from_be_bytes(bytes);
+                newest = newest.max(number);
+                latest = latest.max(newest - number);
+                read.fetch_add(1, Ordering::Relaxed);
+            }
+            (read.load(Ordering::Relaxed), latest)
+        });
+        Self { stop, writer, reader }
+    }
+
+    /// Sends no more, and waits for what is under way.
+    pub async fn finish(self) -> Arrived {
+        let Self { stop, writer, reader } = self;
+        stop.store(true, Ordering::Relaxed);
+        let sent = writer.join().unwrap();
+        let (count, latest) = tokio::task::spawn_blocking(move || reader.join().unwrap()).await.unwrap();
+        Arrived { sent, count, latest }
+    }
 }

@@ -4,11 +4,7 @@ use std::{
     cell::RefCell,
     net::{TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, OwnedFd},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
-    thread,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -22,7 +18,7 @@ use crate::data::{
     netns_tests::{
         ALL, OFF, SIZES as BUFFERS, addrs, in_netns, ip,
         pipe::Pipe,
-        traffic::{datagrams, transfer},
+        traffic::{Arrived, Numbered, datagrams, transfer},
     },
     xsk::{Board, Fast, FastPlace, Figures, Place, Stage, Switch, Transfer, Watch, Ways},
 };
@@ -196,36 +192,7 @@ fn xsk_is_switched_while_packets_pass_and_none_is_lost_or_late() {
             let (from, to) = pair(&bed);
             let (from_tcp, to_tcp) = connect(&bed, false);
             let bulk = tokio::task::spawn_blocking(move || loaded.then(|| transfer(from_tcp, to_tcp)));
-            let (stop, read) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
-            let writer = thread::spawn({
-                let (stop, read, dst) = (Arc::clone(&stop), Arc::clone(&read), to.local_addr().unwrap());
-                move || {
-                    let mut number = 0_u32;
-                    while !stop.load(Ordering::Relaxed) {
-                        // Alone, no more are under way than fit everywhere, however slow the machine is.
-                        if loaded || number - read.load(Ordering::Relaxed) < 200 {
-                            for _ in 0..8 {
-                                from.send_to(&number.to_be_bytes(), dst).unwrap();
-                                number += 1;
-                            }
-                        }
-                        thread::sleep(Duration::from_millis(1));
-                    }
-                    number
-                }
-            });
-            let reader = thread::spawn(move || {
-                to.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-                let (mut newest, mut latest) = (0, 0);
-                let mut bytes = [0; 4];
-                while to.recv(&mut bytes).is_ok() {
-                    let number = u32::from_be_bytes(bytes);
-                    newest = newest.max(number);
-                    latest = latest.max(newest - number);
-                    read.fetch_add(1, Ordering::Relaxed);
-                }
-                (read.load(Ordering::Relaxed), latest)
-            });
+            let stream = Numbered::start(from, to, !loaded);
             for round in 0..20 {
                 let before = sides[1].carried().0;
                 let deadline = Instant::now() + Duration::from_secs(10);
@@ -242,9 +209,7 @@ fn xsk_is_switched_while_packets_pass_and_none_is_lost_or_late() {
                 }
             }
             bulk.await.unwrap();
-            stop.store(true, Ordering::Relaxed);
-            let sent = writer.join().unwrap();
-            let (count, latest) = tokio::task::spawn_blocking(move || reader.join().unwrap()).await.unwrap();
+            let Arrived { sent, count, latest } = stream.finish().await;
             println!("{workers} workers: {count} of {sent} datagrams, the latest {latest} behind the newest");
             // Beside TCP, queues overflow on a slow machine, the kernel's among them.
             assert!(loaded || count == sent, "{count} of {sent}");
