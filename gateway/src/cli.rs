@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn the_fast_path_is_one_of_five_words() {
-        use crate::data::FastMode::{Generic, Native, ZeroCopy};
+        use crate::data::fast::Mode::{Generic, Native, ZeroCopy};
         let table = [
             ("auto", Wanted::Auto),
             ("off", Wanted::Off),

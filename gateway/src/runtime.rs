@@ -272,7 +272,7 @@ impl Runtime {
             started: self.started,
             workers: self.data.worker_states(),
             clients_by_worker: self.control.clients_by_worker().collect(),
-            worker_drops: self.data.counters(),
+            worker_drops: self.data.own_drops(),
             control_drops: self.control.counters(),
             status: self.control.status(),
             depths: self.control.depths(),

@@ -68,8 +68,6 @@ use x25519_dalek::StaticSecret;
 
 #[cfg(test)]
 pub use self::figures::Work;
-#[cfg(test)]
-pub use self::xsk::Mode as FastMode;
 pub use self::{
     capabilities::{Capabilities, Capability, InUse},
     udp::{BufferSizes, MARK, PORT},
@@ -258,8 +256,15 @@ impl DataPlane {
         }
     }
 
-    /// Packets dropped so far, by reason: all workers' and the backend's.
+    /// Packets dropped so far, by reason: ours and the kernel's.
     pub fn counters(&self) -> Counters {
+        let mut counters = self.own_drops();
+        counters.merge(&self.kernel_drops());
+        counters
+    }
+
+    /// What was dropped here: all workers' and the backend's.
+    pub fn own_drops(&self) -> Counters {
         let mut counters = Counters::default();
         counters.add(DropReason::UdpSend, self.drops.load(Ordering::Relaxed));
         self.workers.iter().for_each(|worker| counters.merge(&worker.counters()));
