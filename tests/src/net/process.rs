@@ -165,6 +165,24 @@ impl Process {
         Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
     }
 
+    /// How often its threads of now have gone to sleep and woken again (proc(5),
+    /// `voluntary_ctxt_switches`).
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn wakes(&self) -> Result<u64> {
+        let mut wakes = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))
+            .with_context(|| format!("{} has ended", self.name))?
+        {
+            // A thread may end between the listing and the look.
+            let Ok(status) = std::fs::read_to_string(task?.path().join("status")) else { continue };
+            let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            wakes += count.context("voluntary_ctxt_switches of a thread")?.trim().parse::<u64>()?;
+        }
+        Ok(wakes)
+    }
+
     /// The scheduler's state letter, `S` for sleeping.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use super::{
@@ -62,24 +62,37 @@ pub(super) fn udp(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
-/// A connected client that says nothing: the gateway sleeps.
+/// A connected client that says nothing: the gateway sleeps. A machine whose host is busy stretches
+/// what little there is to do, so the CPU time counts where it was least; how often a thread woke
+/// counts in every window.
 pub(super) fn idle(cx: &mut Context) -> Result<()> {
+    const WATCHED: Duration = Duration::from_secs(10);
+    /// Wakes of all threads a second: a second's tick of the loop and each worker, keepalives, the heartbeat.
+    const WAKES: u64 = 30;
     let mut lab = Lab::start(cx, &Options::default())?;
     lab.connect(0, &[lan4(), lan6()])?;
     http_both(&cx.topology.clients[0].namespace)?;
     std::thread::sleep(2 * SECOND);
-    let watched = 10 * SECOND;
-    let before = lab.gateway.cpu_time()?;
-    let mut awake = 0;
-    for _ in 0..100 {
-        std::thread::sleep(watched / 100);
-        awake += usize::from(lab.gateway.state()? != 'S');
+    let mut least = Duration::MAX;
+    for _ in 0..3 {
+        let (before, woken) = (lab.gateway.cpu_time()?, lab.gateway.wakes()?);
+        let mut awake = 0;
+        for _ in 0..100 {
+            std::thread::sleep(WATCHED / 100);
+            awake += usize::from(lab.gateway.state()? != 'S');
+        }
+        let used = lab.gateway.cpu_time()?.saturating_sub(before);
+        let woken = lab.gateway.wakes()? - woken;
+        println!("{woken} wakes and {used:?} of CPU in {WATCHED:?}");
+        ensure!(woken <= WAKES * WATCHED.as_secs(), "idle for {WATCHED:?}, the gateway woke {woken} times");
+        ensure!(awake <= 5, "in {awake} of 100 looks the gateway was not asleep");
+        least = least.min(used);
+        // cpu_time counts in ticks of 10 ms: of 10 s, 1 % is 10 ticks.
+        if least < WATCHED / 100 {
+            return lab.finish();
+        }
     }
-    let used = lab.gateway.cpu_time()?.saturating_sub(before);
-    // cpu_time counts in ticks of 10 ms: of 10 s, 1 % is 10 ticks.
-    ensure!(used < watched / 100, "idle for {watched:?}, the gateway used {used:?} of CPU");
-    ensure!(awake <= 5, "in {awake} of 100 looks the gateway was not asleep");
-    lab.finish()
+    bail!("idle for three times {WATCHED:?}, the gateway used {least:?} of CPU and more in each")
 }
 
 /// `iperf3 -J` against the LAN host; its report.
