@@ -1,6 +1,7 @@
 //! What `/metrics` says, read by Prometheus' own parsers, against what really happened.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -29,7 +30,7 @@ use crate::{
 
 const SECOND: Duration = Duration::from_secs(1);
 /// Debian's, for Debian's package of the parser is its.
-const PYTHON: &str = "/usr/bin/python3";
+pub(super) const PYTHON: &str = "/usr/bin/python3";
 /// Packets that tell nothing of our doing: what the client's kernel says on its own, iperf3's words about a test.
 const ASIDE: f64 = 400.0;
 /// What these may weigh, in bytes each.
@@ -72,8 +73,26 @@ impl Page {
     }
 }
 
+/// How many packets were dropped so far, by reason, wherever that was; reasons without any are left out.
+///
+/// # Errors
+/// If the gateway shows no metrics.
+pub(super) fn drops(cx: &Context) -> Result<BTreeMap<String, u64>> {
+    let mut drops = BTreeMap::new();
+    for (name, labels, value) in Page::scrape(cx)?.0 {
+        if name == "firezone_gateway_dropped_packets_total" && value > 0.0 {
+            let reason = labels["reason"].as_str().context("a reason")?;
+            // What is counted is whole.
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count of packets")]
+            let packets = value as u64;
+            *drops.entry(reason.to_owned()).or_default() += packets;
+        }
+    }
+    Ok(drops)
+}
+
 /// Skips where the parser is not installed.
-fn need_parser(cx: &Context) -> Result<()> {
+pub(super) fn need_parser(cx: &Context) -> Result<()> {
     let command = [PYTHON, "-c", "import prometheus_client.openmetrics.parser"];
     let said = run(&cx.topology.gateway.namespace, 10 * SECOND, &command)?;
     said.success()

@@ -26,6 +26,7 @@ mod pool;
 mod relays;
 mod resources;
 pub mod rest;
+mod script;
 mod start;
 pub mod swarm;
 mod table;

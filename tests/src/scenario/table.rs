@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     Scenario, access, churn, crowd, dns, firewall, floods, flow_ends, flow_logs, flow_spool, hostile_names,
-    links, metrics, names, network, paths, relays, resources, start, transfers, translation, trouble,
+    links, metrics, names, network, paths, relays, resources, script, start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -173,6 +173,10 @@ pub static SCENARIOS: &[Scenario] = &[
     .alone(),
     scenario("direct: UDP and DNS", direct::plan, 30, transfers::udp).core(),
     scenario("relayed: UDP and DNS", relay_only::plan, 30, transfers::udp).core(),
+    scenario("fast path off and on, direct: the same comes out", direct::plan, 60, script::fast_vs_slow)
+        .once(),
+    scenario("fast path off and on, relayed: the same comes out", relay_only::plan, 60, script::fast_vs_slow)
+        .once(),
     scenario("metrics agree with traffic, direct", direct::plan, 60, metrics::agree_with_traffic),
     scenario("metrics agree with traffic, relayed", relay_only::plan, 60, metrics::agree_with_traffic),
     scenario(

@@ -29,7 +29,7 @@ use crate::{
 const SECOND: Duration = Duration::from_secs(1);
 
 /// The gateway's UDP port (connections.md section 2.1).
-const PORT: u16 = 52625;
+pub(super) const PORT: u16 = 52625;
 
 /// The portal is killed while traffic flows: it flows on. The portal comes back: the gateway does too, and what was
 /// revoked meanwhile is gone.
@@ -334,11 +334,11 @@ pub(super) fn junk(random: &mut SmallRng) -> Vec<u8> {
 }
 
 /// A socket that sends UDP from any source port, also one that is taken.
-fn raw_udp(namespace: &NetNs) -> Result<Socket> {
+pub(super) fn raw_udp(namespace: &NetNs) -> Result<Socket> {
     namespace.run(|| Ok(Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::UDP))?))
 }
 
-fn send_raw_udp(socket: &Socket, source_port: u16, to: SocketAddr, payload: &[u8]) -> Result<()> {
+pub(super) fn send_raw_udp(socket: &Socket, source_port: u16, to: SocketAddr, payload: &[u8]) -> Result<()> {
     let length = u16::try_from(payload.len() + 8)?;
     let mut datagram = Vec::with_capacity(payload.len() + 8);
     datagram.extend(source_port.to_be_bytes());
