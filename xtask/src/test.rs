@@ -24,6 +24,9 @@ pub struct Arguments {
     /// A debug build, and no scenarios.
     #[arg(long)]
     quick: bool,
+    /// Every scenario in every way of the fast path, instead of the core scenarios in a few: about an hour more.
+    #[arg(long, conflicts_with = "quick")]
+    all: bool,
     /// Only tests and scenarios whose name contains this; the checks of the source are left out.
     filter: Option<String>,
 }
@@ -56,6 +59,41 @@ const DISABLED: [&str; 8] = [
     "tun-steering",
     "reuseport-steering,tun-steering",
 ];
+
+/// With the fast path forced, offloads of the uplink off: how it is attached, workers, the paths' address family. The kernel
+/// must say of each scenario that packets took it.
+struct Fast(&'static str, &'static str, Family);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    /// IPv4 alone.
+    V4,
+    /// Both; paths are over IPv6.
+    V6,
+}
+
+/// Each pair of two of the three is in one of them.
+const FAST_PAIRS: [Fast; 6] = [
+    Fast("native", "2", Family::V4),
+    Fast("native", "1", Family::V6),
+    Fast("native", "4", Family::V6),
+    Fast("generic", "2", Family::V6),
+    Fast("generic", "1", Family::V4),
+    Fast("generic", "4", Family::V4),
+];
+
+impl Fast {
+    /// All of them.
+    fn matrix() -> Vec<Self> {
+        let mut all = Vec::new();
+        for mode in ["native", "generic"] {
+            for workers in ["2", "1", "4"] {
+                all.extend([Family::V4, Family::V6].map(|family| Self(mode, workers, family)));
+            }
+        }
+        all
+    }
+}
 
 /// What a step came to.
 enum Outcome {
@@ -92,7 +130,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     for (variation, name) in WORKERS {
         session.step(name, |session| session.scenarios(ready, variation));
     }
-    session.step("core scenarios, fast path forced", |session| session.fast_path(ready, object));
+    match arguments.all {
+        false => session.step("core scenarios, fast path forced", |session| {
+            session.fast_path(ready, object, &FAST_PAIRS, &["--core"])
+        }),
+        true => session.step("every scenario, fast path forced in every way", |session| {
+            session.fast_path(ready, object, &Fast::matrix(), &[])
+        }),
+    };
     if filter.is_none() {
         session.step("core scenarios, each capability of the kernel off", |session| {
             session.without_each_capability(ready)
@@ -217,24 +262,46 @@ impl<'a> Session<'a> {
         Ok(Outcome::Ran(tally::run(&mut scenarios)?))
     }
 
-    /// Native on a veth, offloads off: each scenario fails unless the kernel says that the fast path carried packets.
-    fn fast_path(&self, ready: bool, object: bool) -> Result<Outcome> {
+    /// The scenarios of `list` once for each of `ways`; what does not depend on the workers runs with the first.
+    fn fast_path(&self, ready: bool, object: bool, ways: &[Fast], list: &[&str]) -> Result<Outcome> {
         if !object {
             return Ok(Outcome::Skipped("the BPF object was not built".into()));
         }
-        self.scenarios(ready, &["--core", "--fast-path", "native", "--workers", "2"])
+        let runs = ways.iter().enumerate().map(|(index, Fast(mode, workers, family))| {
+            let (family, name) = match family {
+                Family::V4 => (None, "IPv4"),
+                Family::V6 => (Some("--internet-v6"), "IPv6"),
+            };
+            let again = (index > 0).then_some("--again");
+            let mut variation = vec!["--fast-path", *mode, "--workers", *workers];
+            variation.extend(list.iter().copied().chain(family).chain(again));
+            (format!("{mode}, {workers} workers, {name}"), variation)
+        });
+        self.variations(ready, runs)
     }
 
     /// What every kernel has that lacks one of them, or an operator who turned it off, lives with.
     fn without_each_capability(&self, ready: bool) -> Result<Outcome> {
+        let runs = DISABLED
+            .into_iter()
+            .map(|words| (format!("without {words}"), vec!["--core", "--workers", "2", "--disable", words]));
+        self.variations(ready, runs)
+    }
+
+    /// The sum of several runs, each with a name.
+    fn variations<'v>(
+        &self,
+        ready: bool,
+        runs: impl Iterator<Item = (String, Vec<&'v str>)>,
+    ) -> Result<Outcome> {
         let mut sum = Tally::default();
-        for words in DISABLED {
-            println!("        without {words}:");
-            match self.scenarios(ready, &["--core", "--workers", "2", "--disable", words])? {
+        for (name, variation) in runs {
+            println!("        {name}:");
+            match self.scenarios(ready, &variation)? {
                 Outcome::Ran(tally) => {
                     sum.add(&tally);
                     sum.reasons.extend(tally.reasons);
-                    sum.failures.extend(tally.failures.iter().map(|name| format!("{name}, without {words}")));
+                    sum.failures.extend(tally.failures.iter().map(|failure| format!("{failure}, {name}")));
                 }
                 skipped @ Outcome::Skipped(_) => return Ok(skipped),
             }
@@ -382,4 +449,26 @@ fn succeeded(result: Result<()>) -> Result<Outcome> {
 
 fn seconds(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each two of the three columns.
+    fn pairs(ways: &[Fast]) -> Vec<String> {
+        let of = |Fast(mode, workers, family): &Fast| {
+            [format!("{mode} {workers}"), format!("{mode} {family:?}"), format!("{workers} {family:?}")]
+        };
+        let mut pairs: Vec<String> = ways.iter().flat_map(of).collect();
+        pairs.sort();
+        pairs.dedup();
+        pairs
+    }
+
+    #[test]
+    fn the_few_ways_of_the_fast_path_hold_every_pair_of_the_matrix() {
+        assert_eq!(Fast::matrix().len(), 12);
+        assert_eq!(pairs(&FAST_PAIRS), pairs(&Fast::matrix()));
+    }
 }

@@ -34,20 +34,40 @@ use crate::{
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Bytes of each transfer; at [`PACE`] it takes the whole time.
-const PART: usize = 4_000_000;
 /// curl's --limit-rate: 16 clients in both directions are 51 Mbit/s.
 const PACE: &str = "200k";
-/// How long the transfers take.
-const TIME: Duration = Duration::from_secs(20);
-/// Echoes of each client, five per second.
-const ECHOES: u32 = 90;
+/// A little less than [`PACE`] brings, in bytes per second.
+const RATE: usize = 200_000;
 const LEAVE: [usize; 2] = [3, 11];
 const COME: [usize; 2] = [7, 15];
 const REVOKED: [usize; 2] = [1, 9];
 const ROAMS: usize = 2;
 
+/// How much of it.
+#[derive(Clone, Copy)]
+struct Length {
+    /// What the transfers take.
+    time: Duration,
+    /// Bytes of each transfer; at [`PACE`] it takes the whole time.
+    part: usize,
+    /// Echoes of each client, five per second.
+    echoes: u32,
+}
+
+impl Length {
+    /// Half as long where only the kernel is another: the whole is seen without that.
+    fn of(cx: &Context) -> Self {
+        let seconds = if cx.variation.is_kernel_varied() { 10 } else { 20 };
+        Self {
+            time: Duration::from_secs(seconds.into()),
+            part: RATE * seconds as usize,
+            echoes: (seconds - 2) * 5,
+        }
+    }
+}
+
 pub(super) fn sixteen(cx: &mut Context) -> Result<()> {
+    let length = Length::of(cx);
     let options = Options { resources: vec![host()], ..Options::default() };
     let topology = &cx.topology;
     for client in 8..16 {
@@ -55,7 +75,7 @@ pub(super) fn sixteen(cx: &mut Context) -> Result<()> {
     }
     let mut lab = Lab::start(cx, &options)?;
     let source = cx.logs.file("part");
-    std::fs::write(&source, &std::fs::read(&cx.big.path)?[..PART])?;
+    std::fs::write(&source, &std::fs::read(&cx.big.path)?[..length.part])?;
     for index in (0..16).filter(|index| !COME.contains(index)) {
         lab.connect(index, &[host()])?;
         let relayed = lab.clients[index].path().context("a path")?.is_relayed();
@@ -65,9 +85,9 @@ pub(super) fn sixteen(cx: &mut Context) -> Result<()> {
     let began = Instant::now();
     let mut traffic: Vec<Option<Traffic>> = (0..16).map(|_| None).collect();
     for index in (0..16).filter(|index| !COME.contains(index)) {
-        traffic[index] = Some(Traffic::start(cx, index, &source)?);
+        traffic[index] = Some(Traffic::start(cx, index, &source, length)?);
     }
-    let until = |part: u32| std::thread::sleep((TIME * part / 6).saturating_sub(began.elapsed()));
+    let until = |part: u32| std::thread::sleep((length.time * part / 6).saturating_sub(began.elapsed()));
 
     until(2);
     for index in LEAVE {
@@ -81,7 +101,7 @@ pub(super) fn sixteen(cx: &mut Context) -> Result<()> {
     passers_by.command(&SwarmCommand::Want { resource: host().id })?;
     for index in COME {
         lab.connect(index, &[host()])?;
-        traffic[index] = Some(Traffic::start(cx, index, &source)?);
+        traffic[index] = Some(Traffic::start(cx, index, &source, length)?);
     }
     until(3);
     for index in REVOKED {
@@ -108,10 +128,14 @@ pub(super) fn sixteen(cx: &mut Context) -> Result<()> {
         let Some(traffic) = traffic[index].take() else { continue };
         let lost = traffic.finish(&lab, &source).with_context(|| format!("client {index}"))?;
         if index == ROAMS {
-            println!("      the roaming client lost {lost} of {ECHOES} echoes");
+            println!("      the roaming client lost {lost} of {} echoes", length.echoes);
             continue;
         }
-        ensure!(lost <= 2, "client {index}, which nothing happened to, lost {lost} of {ECHOES} echoes");
+        ensure!(
+            lost <= 2,
+            "client {index}, which nothing happened to, lost {lost} of {} echoes",
+            length.echoes
+        );
         let said = |event: &Event| matches!(event, Event::Closed { .. } | Event::Goodbye { .. });
         ensure!(!lab.clients[index].events().iter().any(said), "client {index} lost its connection");
     }
@@ -144,13 +168,14 @@ fn every_worker_served(lab: &Lab, workers: usize) -> Result<()> {
 /// A download, an upload and echoes of one client.
 struct Traffic {
     index: usize,
+    length: Length,
     down: (Process, PathBuf),
     up: Process,
     echoes: Process,
 }
 
 impl Traffic {
-    fn start(cx: &Context, index: usize, source: &std::path::Path) -> Result<Self> {
+    fn start(cx: &Context, index: usize, source: &std::path::Path, length: Length) -> Result<Self> {
         let namespace = &cx.topology.clients[index].namespace;
         let spawn = |what: &str, command: &[&str]| {
             let command = command.iter().map(|&word| word.to_owned()).collect();
@@ -159,16 +184,17 @@ impl Traffic {
         };
         let file = cx.logs.file(&format!("came-{index}"));
         let (to, from) = (file.display().to_string(), source.display().to_string());
-        let range = format!("0-{}", PART - 1);
+        let range = format!("0-{}", length.part - 1);
         let url = format!("http://{}/big", LAN_HOST.0);
         let put = format!("http://{}/put/went-{index}", LAN_HOST.0);
         let curl = ["curl", "-sS", "-f", "--limit-rate", PACE];
         let down = [&curl[..], &["-r", &range, "-o", &to, &url]].concat();
         let up = [&curl[..], &["-T", &from, &put]].concat();
-        let (count, address) = (ECHOES.to_string(), LAN_HOST.0.to_string());
+        let (count, address) = (length.echoes.to_string(), LAN_HOST.0.to_string());
         let ping = ["ping", "-n", "-q", "-i", "0.2", "-W", "2", "-c", &count, &address];
         Ok(Self {
             index,
+            length,
             down: (spawn("down", &down)?, file),
             up: spawn("up", &up)?,
             echoes: spawn("ping", &ping)?,
@@ -177,7 +203,7 @@ impl Traffic {
 
     /// Waits for the end; every byte must be right. How many echoes were lost.
     fn finish(mut self, lab: &Lab, source: &std::path::Path) -> Result<u32> {
-        let limit = TIME * 2;
+        let limit = self.length.time * 2;
         let status = self.down.0.wait(limit)?;
         ensure!(status.success(), "down: curl ended with {status}: {}", self.down.0.log());
         let status = self.up.wait(limit)?;
@@ -191,7 +217,7 @@ impl Traffic {
         let said = self.echoes.log();
         let received = said.split_once("transmitted, ").and_then(|(_, rest)| rest.split(' ').next());
         let received: u32 = received.context("ping's summary")?.parse()?;
-        Ok(ECHOES.saturating_sub(received))
+        Ok(self.length.echoes.saturating_sub(received))
     }
 }
 

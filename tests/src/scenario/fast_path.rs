@@ -12,21 +12,33 @@ use anyhow::{Context as _, Result, ensure};
 use gateway_common::maps::{self, Outcome};
 use serde_json::Value;
 
-use crate::net::{netns, process::run, topology::Topology};
+use crate::net::{
+    netns,
+    process::run,
+    topology::{Nat, Topology},
+};
 
 /// The gateway's uplink.
 const UPLINK: &str = "eth0";
 /// What a device with an XDP program does without: super-packets would have to be cut or put together elsewhere.
-const OFFLOADS: [&str; 3] = ["gro", "gso", "tso"];
+const OFFLOADS: [&str; 6] =
+    ["gro", "gso", "tso", "tx-udp-segmentation", "rx-gro-list", "rx-udp-gro-forwarding"];
 
-/// Makes the uplink like a NIC's: one packet a frame.
+/// Makes the uplink like a NIC's: one packet a frame. A veth pair has no wire between its ends, and what one end does not
+/// cut, the other does not either.
 ///
 /// # Errors
 /// With what `ethtool` said.
 pub fn prepare(topology: &Topology) -> Result<()> {
-    let mut command = vec!["ethtool", "-K", UPLINK];
-    OFFLOADS.iter().for_each(|offload| command.extend([offload, "off"]));
-    run(&topology.gateway.namespace, Duration::from_secs(5), &command)?.success()?;
+    let mut ends = vec![(&topology.gateway.namespace, UPLINK)];
+    if topology.plan.gateway_nat == Nat::None {
+        ends.push((&topology.router, "gw"));
+    }
+    for (namespace, device) in ends {
+        let mut command = vec!["ethtool", "-K", device];
+        OFFLOADS.iter().for_each(|offload| command.extend([offload, "off"]));
+        run(namespace, Duration::from_secs(5), &command)?.success()?;
+    }
     Ok(())
 }
 

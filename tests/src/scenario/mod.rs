@@ -87,9 +87,17 @@ pub struct Variation {
     /// each scenario must show that they did.
     #[arg(long, default_value = "auto")]
     pub fast_path: String,
+    /// IPv6 on the internet besides IPv4, wherever a scenario does not say so itself: paths without NAT are over IPv6 then.
+    #[arg(long)]
+    pub internet_v6: bool,
 }
 
 impl Variation {
+    /// Whether it is about what the kernel does for the gateway.
+    pub fn is_kernel_varied(&self) -> bool {
+        !self.disable.is_empty() || self.is_fast()
+    }
+
     /// The variables that say so.
     pub fn environment(&self) -> Vec<(String, String)> {
         let workers = self.workers.map(|workers| ("FIREZONE_WORKERS".to_owned(), workers.to_string()));
@@ -301,7 +309,9 @@ fn run_one(
     let variation = variation.clone();
     let thread = std::thread::Builder::new().name("scenario".to_owned()).spawn(move || {
         let result = (|| {
-            let topology = Topology::build(plan())?;
+            let plan = plan();
+            let internet_v6 = plan.internet_v6 || variation.internet_v6;
+            let topology = Topology::build(Plan { internet_v6, ..plan })?;
             if variation.is_fast() {
                 fast_path::prepare(&topology)?;
             }

@@ -9,7 +9,7 @@ use super::{
     lab::{GATEWAY_NAME, Lab, Options, PATIENCE, curl, http_both, lan4, lan6, ping_both},
 };
 use crate::{
-    net::{topology::Plan, wire::Link},
+    net::{process::wait_for, topology::Plan, wire::Link},
     standins::{
         client::{self, Command},
         portal::{self, Role},
@@ -45,8 +45,15 @@ fn reach_the_lan(cx: &Context, options: &Options, relayed: bool) -> Result<()> {
     let client = &cx.topology.clients[0].namespace;
     ping_both(client)?;
     http_both(client)?;
-    let taken = lab.clients[0].path().context("the client named no path")?;
-    ensure!(taken.is_relayed() == relayed, "the path is {taken:?}");
+    // Behind NATs the relay may answer first: until both sides have sent, each NAT drops what the other sends. ICE then
+    // replaces the pair (RFC 8445 section 8.1.1).
+    let mut taken = None;
+    wait_for("the best path", 5 * SECOND, || {
+        taken = lab.clients[0].path();
+        Ok(taken.is_some_and(|path| path.is_relayed() == relayed).then_some(()))
+    })
+    .with_context(|| format!("the path is {taken:?}"))?;
+    ping_both(client)?;
     // The LAN sees the gateway, not the client.
     let seen = curl(client, &["http://172.20.0.100/whoami"])?.success()?;
     ensure!(seen.trim() == "172.20.0.1", "the LAN host saw {seen}");
@@ -69,12 +76,8 @@ pub(super) fn relay_dies(cx: &mut Context) -> Result<()> {
             offers.iter().enumerate().filter(|(i, _)| *i != gone).map(|(_, o)| o.clone()).collect();
         lab.relays[gone].process().signal(rustix::process::Signal::STOP)?;
         lab.portal.set_relays(remaining);
-        crate::net::process::wait_for(
-            "HTTP over the other relay",
-            20 * SECOND,
-            || Ok(http_both(client).ok()),
-        )
-        .with_context(|| format!("relay{gone} is gone"))?;
+        wait_for("HTTP over the other relay", 20 * SECOND, || Ok(http_both(client).ok()))
+            .with_context(|| format!("relay{gone} is gone"))?;
         lab.relays[gone].process().signal(rustix::process::Signal::CONT)?;
         lab.portal.set_relays(offers.clone());
         std::thread::sleep(SECOND);
@@ -90,7 +93,7 @@ pub(super) fn direct_way_closes(cx: &mut Context) -> Result<()> {
     let client = &cx.topology.clients[0].namespace;
     http_both(client)?;
     cx.topology.block_direct()?;
-    crate::net::process::wait_for("HTTP over the relay", 45 * SECOND, || Ok(http_both(client).ok()))?;
+    wait_for("HTTP over the relay", 45 * SECOND, || Ok(http_both(client).ok()))?;
     let taken = lab.clients[0].path().context("the client named no path")?;
     ensure!(taken.is_relayed(), "the path is {taken:?}");
     cx.topology.allow_direct()?;

@@ -102,6 +102,9 @@ impl Pool<'_> {
         }
         command.args(["--disable", &self.arguments.variation.disable]);
         command.args(["--fast-path", &self.arguments.variation.fast_path]);
+        if self.arguments.variation.internet_v6 {
+            command.arg("--internet-v6");
+        }
         command.stdin(Stdio::null()).stderr(file.try_clone()?).stdout(file);
         let child = janitor::start_run(&mut command)
             .with_context(|| format!("cannot start a process for \"{}\"", scenario.name))?;

@@ -107,6 +107,8 @@ fn as_nobody(capabilities: &str) -> Launch {
 
 /// CAP_NET_ADMIN and no other right is enough; the token may be a systemd credential.
 pub(super) fn one_capability(cx: &mut Context) -> Result<()> {
+    // What it may not do here.
+    "off".clone_into(&mut cx.variation.fast_path);
     for_everybody(cx)?;
     let mut way = as_nobody(",+net_admin");
     if std::fs::metadata("/dev/net/tun")?.permissions().mode() & 0o006 != 0o006 {
@@ -139,6 +141,7 @@ pub(super) fn one_capability(cx: &mut Context) -> Result<()> {
 
 /// CAP_NET_ADMIN by the program's file only: what it starts has no right to nftables. It says so once, and serves.
 pub(super) fn file_capability(cx: &mut Context) -> Result<()> {
+    "off".clone_into(&mut cx.variation.fast_path);
     for_everybody(cx)?;
     let file = cx.gateway.display().to_string();
     let gateway = &cx.topology.gateway.namespace;
