@@ -6,10 +6,13 @@
 //!
 //! Maps are found by the program, so nothing has to be pinned.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use gateway_common::maps::{self, Outcome};
+use gateway_common::{
+    DropReason,
+    maps::{self, MapSpec, Outcome},
+};
 use serde_json::Value;
 
 use crate::net::{
@@ -56,6 +59,38 @@ impl Proof {
     /// # Errors
     /// If there is no such program, or `bpftool` does not say.
     pub fn redirected(&self) -> Result<u64> {
+        const REDIRECTED: u64 = Outcome::Redirected as u64;
+        packets(&self.dump(&maps::VERDICTS)?, REDIRECTED)
+    }
+
+    /// How many frames the gateway's program has dropped, by reason; reasons without any are left out.
+    ///
+    /// # Errors
+    /// As for [`Proof::redirected`].
+    pub fn drops(&self) -> Result<BTreeMap<&'static str, u64>> {
+        let dump = self.dump(&maps::DROPS)?;
+        let reasons =
+            DropReason::ALL.iter().map(|&reason| Ok((reason.label(), packets(&dump, reason as u64)?)));
+        Ok(reasons.collect::<Result<Vec<_>>>()?.into_iter().filter(|(_, packets)| *packets > 0).collect())
+    }
+
+    /// The numbers of the channels that the gateway's program knows.
+    ///
+    /// # Errors
+    /// As for [`Proof::redirected`].
+    pub fn channels(&self) -> Result<Vec<u16>> {
+        let dump = self.dump(&maps::CHANNELS)?;
+        let numbers = dump.as_array().context("a dump is a list")?.iter();
+        numbers
+            .map(|entry| {
+                let number = entry["formatted"]["key"]["number"].as_u64();
+                Ok(u16::try_from(number.with_context(|| format!("an entry without number: {entry}"))?)?)
+            })
+            .collect()
+    }
+
+    /// What a map of the program holds.
+    fn dump(&self, wanted: &MapSpec) -> Result<Value> {
         let link = self.json(&["ip", "-j", "-d", "link", "show", "dev", UPLINK])?;
         let program = link[0]["xdp"]["prog"]["id"].as_u64();
         let program = program.with_context(|| format!("no XDP program is attached to {UPLINK}: {link}"))?;
@@ -63,11 +98,11 @@ impl Proof {
         ensure!(program["name"] == "uplink", "another program is attached to {UPLINK}: {program}");
         for map in program["map_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64) {
             let map = map.to_string();
-            if self.json(&["bpftool", "-j", "map", "show", "id", &map])?["name"] == maps::VERDICTS.name {
-                return redirected(&self.json(&["bpftool", "-j", "map", "dump", "id", &map])?);
+            if self.json(&["bpftool", "-j", "map", "show", "id", &map])?["name"] == wanted.name {
+                return self.json(&["bpftool", "-j", "map", "dump", "id", &map]);
             }
         }
-        anyhow::bail!("the program has no map VERDICTS: {program}")
+        anyhow::bail!("the program has no map {}: {program}", wanted.name)
     }
 
     /// The fast path has carried packets.
@@ -101,13 +136,12 @@ impl Proof {
     }
 }
 
-/// Of a dump of VERDICTS: the entry of redirected frames, summed over the CPUs.
-fn redirected(dump: &Value) -> Result<u64> {
-    const REDIRECTED: u64 = Outcome::Redirected as u64;
+/// Of a dump of a map of counters: the packets of an entry, summed over the CPUs.
+fn packets(dump: &Value, entry: u64) -> Result<u64> {
     let entries = dump.as_array().context("a dump is a list")?;
-    let entry = entries.iter().find(|entry| entry["formatted"]["key"] == REDIRECTED);
-    let values = entry.and_then(|entry| entry["formatted"]["values"].as_array());
-    let values = values.with_context(|| format!("VERDICTS has no entry {REDIRECTED}: {dump}"))?;
+    let found = entries.iter().find(|found| found["formatted"]["key"] == entry);
+    let values = found.and_then(|found| found["formatted"]["values"].as_array());
+    let values = values.with_context(|| format!("the map has no entry {entry}: {dump}"))?;
     Ok(values.iter().filter_map(|cpu| cpu["value"]["packets"].as_u64()).sum())
 }
 
@@ -118,11 +152,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn redirected_frames_are_summed_over_the_cpus() {
+    fn frames_are_summed_over_the_cpus() {
         let cpu = |cpu: u32, packets: u64| json!({"cpu": cpu, "value": {"packets": packets, "bytes": 9}});
         let entry = |key: u32, n: u64| json!({"key": ["0x00"], "formatted": {"key": key, "values": [cpu(0, n), cpu(1, n + 1)]}});
-        assert_eq!(redirected(&json!([entry(0, 100), entry(2, 7), entry(3, 50)])).unwrap(), 15);
-        assert!(redirected(&json!([entry(0, 100)])).is_err());
-        assert!(redirected(&json!({})).is_err());
+        let dump = json!([entry(0, 100), entry(2, 7), entry(3, 50)]);
+        assert_eq!(packets(&dump, Outcome::Redirected as u64).unwrap(), 15);
+        assert!(packets(&json!([entry(0, 100)]), 2).is_err());
+        assert!(packets(&json!({}), 0).is_err());
     }
 }

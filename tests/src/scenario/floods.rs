@@ -1,6 +1,7 @@
 //! Floods from strangers, while a client works, others connect, and an operator's probe asks how it is.
 
 use std::{
+    collections::BTreeMap,
     net::{SocketAddr, UdpSocket},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -16,6 +17,7 @@ use rand::{RngCore as _, SeedableRng as _, rngs::SmallRng};
 
 use super::{
     Context, Skip,
+    fast_path::Proof,
     lab::{Download, Lab, Options, health, http_both, lan4, lan6},
     swarm::Swarm,
     trouble::junk,
@@ -58,15 +60,16 @@ pub(super) fn random(cx: &mut Context) -> Result<()> {
             bytes
         })
         .collect();
-    flood(cx, &|_, _| Ok(datagrams_for_all(&datagrams)))
+    flood(cx, &|cx, _| from_sockets(sockets(cx)?, datagrams_for_all(&datagrams)))
 }
 
 /// Initiations with a valid MAC1 by keys that nobody knows: each must be opened to see that.
 pub(super) fn forged(cx: &mut Context) -> Result<()> {
-    flood(cx, &|gateway, _| {
+    flood(cx, &|cx, lab| {
+        let gateway = gateway_key(lab)?;
         let datagrams =
             (0..DATAGRAMS).map(|_| initiation(&mut stranger(gateway))).collect::<Result<Vec<_>>>()?;
-        Ok(datagrams_for_all(&datagrams))
+        from_sockets(sockets(cx)?, datagrams_for_all(&datagrams))
     })
 }
 
@@ -77,10 +80,13 @@ pub(super) fn forged_with_cookies(cx: &mut Context) -> Result<()> {
         let why = "XDP lets no more of strangers' handshakes pass than are opened without a cookie";
         return Err(Skip(why.to_owned()).into());
     }
-    flood(cx, &|gateway, sources| {
+    flood(cx, &|cx, lab| {
+        let (gateway, sources) = (gateway_key(lab)?, sockets(cx)?);
         let pressure =
             (0..PRESSURE).map(|_| initiation(&mut stranger(gateway))).collect::<Result<Vec<_>>>()?;
-        sources.iter().map(|socket| proven(gateway, socket, &pressure)).collect()
+        let datagrams =
+            sources.iter().map(|socket| proven(gateway, socket, &pressure)).collect::<Result<_>>()?;
+        from_sockets(sources, datagrams)
     })
 }
 
@@ -91,13 +97,37 @@ fn datagrams_for_all(datagrams: &[Vec<u8>]) -> Ammunition {
     vec![datagrams.to_vec(); SOURCES]
 }
 
+/// Sends the datagram of a number. What is lost on the way is no failure of the flood.
+pub(super) type Shoot = Box<dyn Fn(usize) + Send>;
+
+/// A stranger's sockets, connected to the gateway.
+pub(super) fn sockets(cx: &Context) -> Result<Vec<UdpSocket>> {
+    let gateway = SocketAddr::new(cx.topology.gateway.v4.into(), PORT);
+    let socket = |_| {
+        let socket = cx.topology.portal.namespace.run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
+        socket.connect(gateway)?;
+        Ok(socket)
+    };
+    (0..SOURCES).map(socket).collect()
+}
+
+/// The sockets take turns, and each takes turns with its datagrams.
+pub(super) fn from_sockets(sources: Vec<UdpSocket>, ammunition: Ammunition) -> Result<Shoot> {
+    ensure!(sources.len() == ammunition.len(), "each source has its own");
+    Ok(Box::new(move |number| {
+        let (nth, round) = (number % sources.len(), number / sources.len());
+        // A full queue, or an answer that nobody read.
+        let _lost = sources[nth].send(&ammunition[nth][round % ammunition[nth].len()]);
+    }))
+}
+
 /// Somebody with a fresh key who knows the gateway's.
-fn stranger(gateway: PublicKey) -> Tunn {
+pub(super) fn stranger(gateway: PublicKey) -> Tunn {
     let secret = StaticSecret::from(rand::random::<[u8; 32]>());
     Tunn::new(secret, gateway, None, None, rand::random::<u32>() >> 8, None)
 }
 
-fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
+pub(super) fn initiation(tunn: &mut Tunn) -> Result<Vec<u8>> {
     match tunn.format_handshake_initiation(&mut [0; 148], true) {
         TunnResult::WriteToNetwork(bytes) => Ok(bytes.to_vec()),
         other => bail!("no initiation: {other:?}"),
@@ -166,7 +196,8 @@ impl std::fmt::Display for Figures {
 
 const PINGS: u32 = 60;
 
-fn flood(cx: &Context, load: &dyn Fn(PublicKey, &[UdpSocket]) -> Result<Ammunition>) -> Result<()> {
+/// A flood of what `load` makes, beside a transfer and newcomers. With the fast path forced nearly all of it must die in XDP.
+pub(super) fn flood(cx: &Context, load: &dyn Fn(&Context, &Lab) -> Result<Shoot>) -> Result<()> {
     let mut lab = Lab::start(cx, &Options::default())?;
     lab.connect(0, &[lan4(), lan6()])?;
     let client = &cx.topology.clients[0].namespace;
@@ -176,28 +207,37 @@ fn flood(cx: &Context, load: &dyn Fn(PublicKey, &[UdpSocket]) -> Result<Ammuniti
     newcomers.wait_ready(15 * SECOND)?;
     let quiet = figures(cx, client)?;
     println!("      without: {quiet}");
-
-    let gateway = SocketAddr::new(cx.topology.gateway.v4.into(), PORT);
-    let sources = (0..SOURCES)
-        .map(|_| {
-            let socket = cx.topology.portal.namespace.run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
-            socket.connect(gateway)?;
-            Ok(socket)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let ammunition = load(gateway_key(&lab)?, &sources)?;
     let transfer = Download::start(cx, client, "transfer", &format!("http://{}/slow", LAN_HOST.0))?;
+    let undisturbed = transfer.growth_within(SECOND);
+    let shoot = load(cx, &lab)?;
+    let proof = cx.variation.is_fast().then(|| Proof::of(&cx.topology));
+    let before = proof.as_ref().map(Proof::drops).transpose()?;
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| -> Result<()> {
-        scope.spawn(|| fire(&sources, &ammunition, &stop, &sent));
+        scope.spawn(|| fire(shoot, &stop, &sent));
         // The flood must end whatever becomes of the rest, or the scope would wait for ever.
-        let result = under_fire(cx, &lab, &mut newcomers, &transfer, &sent);
+        let result = under_fire(cx, &lab, &mut newcomers, &transfer, undisturbed, &sent);
         stop.store(true, Ordering::Relaxed);
         result
     })?;
+    if let (Some(proof), Some(before)) = (proof, before) {
+        died_in_xdp(&proof, &before, sent.load(Ordering::Relaxed))?;
+    }
     http_both(client).context("after the flood")?;
     ensure!(lab.portal.online(Role::Gateway).len() == 1, "the gateway lost its portal");
     lab.finish()
+}
+
+/// At least 19 of 20 datagrams of the flood were dropped by the kernel's program.
+fn died_in_xdp(proof: &Proof, before: &BTreeMap<&'static str, u64>, sent: u64) -> Result<()> {
+    let mut dropped = proof.drops()?;
+    for (reason, packets) in &mut dropped {
+        *packets -= before.get(reason).copied().unwrap_or(0);
+    }
+    let all: u64 = dropped.values().sum();
+    println!("      {all} of {sent} datagrams were dropped in XDP: {dropped:?}");
+    ensure!(all * 20 >= sent * 19, "{all} of {sent} datagrams were dropped in XDP: {dropped:?}");
+    Ok(())
 }
 
 /// What must work meanwhile.
@@ -206,13 +246,19 @@ fn under_fire(
     lab: &Lab,
     newcomers: &mut Swarm,
     transfer: &Download,
+    undisturbed: u64,
     sent: &AtomicU64,
 ) -> Result<()> {
     let client = &cx.topology.clients[0].namespace;
     std::thread::sleep(SECOND / 2);
     let (began, before, cpu) = (Instant::now(), sent.load(Ordering::Relaxed), lab.gateway.cpu_time()?);
     let pressed = figures(cx, client)?;
-    transfer.wait_growth(3 * SECOND).context("an established session's transfer")?;
+    let meanwhile = transfer.growth_within(SECOND);
+    println!("      the transfer brings {meanwhile} bytes a second, without {undisturbed}");
+    ensure!(
+        meanwhile * 2 >= undisturbed,
+        "the transfer brings {meanwhile} bytes a second, without {undisturbed}"
+    );
     let asked = Instant::now();
     newcomers.command(&SwarmCommand::Want { resource: lan4().id })?;
     let report = newcomers.wait_established(20 * SECOND).context("clients that come during the flood")?;
@@ -237,7 +283,7 @@ fn under_fire(
 }
 
 /// The gateway's public key, as its log-in said.
-fn gateway_key(lab: &Lab) -> Result<PublicKey> {
+pub(super) fn gateway_key(lab: &Lab) -> Result<PublicKey> {
     let entry = lab
         .portal
         .wait_for(SECOND, |entry| entry.peer == Role::Gateway && entry.dir == Direction::Connect)?;
@@ -248,7 +294,7 @@ fn gateway_key(lab: &Lab) -> Result<PublicKey> {
 }
 
 /// Sends at the pace until it is told to stop.
-fn fire(sources: &[UdpSocket], ammunition: &Ammunition, stop: &AtomicBool, sent: &AtomicU64) {
+fn fire(shoot: Shoot, stop: &AtomicBool, sent: &AtomicU64) {
     const BURST: u64 = 64;
     let started = Instant::now();
     let mut count = 0;
@@ -262,10 +308,7 @@ fn fire(sources: &[UdpSocket], ammunition: &Ammunition, stop: &AtomicBool, sent:
         // After a pause that the scheduler made, the flood goes on at its pace and does not catch up.
         count = count.max(due.saturating_sub(10 * BURST));
         for _ in 0..BURST {
-            let source = usize::try_from(count).unwrap_or(0);
-            let (socket, datagrams) = (&sources[source % SOURCES], &ammunition[source % SOURCES]);
-            // A full queue, or an answer that nobody read, is no failure of the flood.
-            let _lost = socket.send(&datagrams[source / SOURCES % datagrams.len()]);
+            shoot(usize::try_from(count).unwrap_or(0));
             count += 1;
             sent.fetch_add(1, Ordering::Relaxed);
         }

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, firewall, floods, flow_ends, flow_logs, flow_spool, hostile_names,
-    links, metrics, names, network, paths, relays, resources, script, start, transfers, translation, trouble,
+    Scenario, access, churn, crowd, dns, fast_floods, firewall, floods, flow_ends, flow_logs, flow_spool,
+    hostile_names, links, metrics, names, network, paths, relays, resources, script, start, transfers,
+    translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -285,6 +286,17 @@ pub static SCENARIOS: &[Scenario] = &[
         60,
         floods::forged_with_cookies,
     )
+    .alone(),
+    scenario("fast path: a stranger's flood dies in XDP", direct::plan, 60, fast_floods::from_a_stranger)
+        .once()
+        .alone(),
+    scenario(
+        "fast path: a flood from everywhere and through the relay dies in XDP",
+        relay_only::plan,
+        60,
+        fast_floods::from_everywhere_and_through_the_relay,
+    )
+    .once()
     .alone(),
     scenario("a second instance is refused in one sentence", direct::plan, 20, trouble::second_instance)
         .once(),

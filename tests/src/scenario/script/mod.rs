@@ -26,8 +26,9 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
+pub(super) use self::packet::Head;
 use self::{
-    packet::{ACK, FIN, Flow, Head, ICMP, ICMPV6, SYN, TCP, UDP, seal},
+    packet::{ACK, FIN, Flow, ICMP, ICMPV6, SYN, TCP, UDP, seal},
     tap::Tap,
 };
 use super::{
