@@ -128,6 +128,16 @@ impl Process {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// Waits until it has written so many lines that contain `text`.
+    ///
+    /// # Errors
+    /// If it has not after `limit`.
+    pub fn wait_log(&self, text: &str, lines: usize, limit: Duration) -> Result<()> {
+        wait_for(&format!("{} to say {text:?}, {lines} times", self.name), limit, || {
+            Ok((self.log().lines().filter(|line| line.contains(text)).count() >= lines).then_some(()))
+        })
+    }
+
     /// Sends a signal to the program.
     ///
     /// # Errors

@@ -20,15 +20,10 @@ use super::{
 /// Of each kind.
 const DATAGRAMS: usize = 128;
 
-fn force(cx: &mut Context) -> Result<()> {
-    "native".clone_into(&mut cx.variation.fast_path);
-    fast_path::prepare(&cx.topology)
-}
-
 /// A stranger with addresses of its own: what is no protocol of ours, receivers that nobody has, initiations with a wrong and
 /// with a right MAC1.
 pub(super) fn from_a_stranger(cx: &mut Context) -> Result<()> {
-    force(cx)?;
+    fast_path::native(cx)?;
     flood(cx, &|cx, lab| {
         let gateway = gateway_key(lab)?;
         let mut random = SmallRng::seed_from_u64(0xf100d);
@@ -58,7 +53,7 @@ pub(super) fn from_a_stranger(cx: &mut Context) -> Result<()> {
 /// Initiations with a right MAC1: each from another address that does not exist, and every other one in the name of the relay,
 /// on the very channel that a client is served on.
 pub(super) fn from_everywhere_and_through_the_relay(cx: &mut Context) -> Result<()> {
-    force(cx)?;
+    fast_path::native(cx)?;
     flood(cx, &|cx, lab| {
         let gateway = gateway_key(lab)?;
         let initiations =

@@ -15,6 +15,7 @@ use gateway_common::{
 };
 use serde_json::Value;
 
+use super::Context as Scenario;
 use crate::net::{
     netns,
     process::run,
@@ -45,6 +46,17 @@ pub fn prepare(topology: &Topology) -> Result<()> {
     Ok(())
 }
 
+/// Every gateway of this scenario takes the fast path natively and without a word of FIREZONE_DISABLE, whatever the list
+/// runs in.
+///
+/// # Errors
+/// As for [`prepare`].
+pub(super) fn native(cx: &mut Scenario) -> Result<()> {
+    "native".clone_into(&mut cx.variation.fast_path);
+    cx.variation.disable.clear();
+    prepare(&cx.topology)
+}
+
 /// Where to ask.
 pub struct Proof(PathBuf);
 
@@ -61,6 +73,15 @@ impl Proof {
     pub fn redirected(&self) -> Result<u64> {
         const REDIRECTED: u64 = Outcome::Redirected as u64;
         packets(&self.dump(&maps::VERDICTS)?, REDIRECTED)
+    }
+
+    /// The kernel's number of the XDP program on the uplink; `None` if there is none.
+    ///
+    /// # Errors
+    /// If `ip` does not say.
+    pub fn program(&self) -> Result<Option<u64>> {
+        let link = self.json(&["ip", "-j", "-d", "link", "show", "dev", UPLINK])?;
+        Ok(link[0]["xdp"]["prog"]["id"].as_u64())
     }
 
     /// How many frames the gateway's program has dropped, by reason; reasons without any are left out.
@@ -91,9 +112,7 @@ impl Proof {
 
     /// What a map of the program holds.
     fn dump(&self, wanted: &MapSpec) -> Result<Value> {
-        let link = self.json(&["ip", "-j", "-d", "link", "show", "dev", UPLINK])?;
-        let program = link[0]["xdp"]["prog"]["id"].as_u64();
-        let program = program.with_context(|| format!("no XDP program is attached to {UPLINK}: {link}"))?;
+        let program = self.program()?.with_context(|| format!("no XDP program is attached to {UPLINK}"))?;
         let program = self.json(&["bpftool", "-j", "prog", "show", "id", &program.to_string()])?;
         ensure!(program["name"] == "uplink", "another program is attached to {UPLINK}: {program}");
         for map in program["map_ids"].as_array().into_iter().flatten().filter_map(Value::as_u64) {

@@ -9,6 +9,7 @@ mod churn;
 pub mod client;
 mod crowd;
 pub(crate) mod dns;
+mod fast_faults;
 mod fast_floods;
 mod fast_path;
 mod firewall;

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::{
-    Scenario, access, churn, crowd, dns, fast_floods, firewall, floods, flow_ends, flow_logs, flow_spool,
-    hostile_names, links, metrics, names, network, paths, relays, resources, script, start, transfers,
-    translation, trouble,
+    Scenario, access, churn, crowd, dns, fast_faults, fast_floods, firewall, floods, flow_ends, flow_logs,
+    flow_spool, hostile_names, links, metrics, names, network, paths, relays, resources, script, start,
+    transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
@@ -305,6 +305,18 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("a gateway that is started again serves again", direct::plan, 30, trouble::restart).core(),
     scenario("a gateway is killed and started again, direct", direct::plan, 60, relays::gateway_killed),
     scenario("a gateway is killed and started again, relayed", relay_only::plan, 60, relays::gateway_killed),
+    scenario(
+        "fast path: the gateway is killed, its pins are replaced",
+        direct::plan,
+        90,
+        fast_faults::killed,
+    )
+    .once(),
+    scenario("fast path: the link goes down and up", direct::plan, 60, fast_faults::link_down).once(),
+    scenario("fast path: another XDP program was first", direct::plan, 40, fast_faults::other_program).once(),
+    scenario("fast path: jumbo frames come and go", direct::plan, 40, fast_faults::jumbo_frames).once(),
+    scenario("fast path: without the right to it", direct::plan, 20, fast_faults::no_rights).once(),
+    scenario("fast path: the rings run full", direct::plan, 40, fast_faults::starved).once(),
     scenario("sixteen clients come, go, roam and lose access", direct::sixteen_clients, 120, churn::sixteen)
         .core(),
     scenario("two hundred clients at once", direct::plan, 120, crowd::all_at_once).alone(),
