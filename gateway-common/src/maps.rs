@@ -304,6 +304,21 @@ pub struct MapSpec {
     pub capacity: u32,
 }
 
+impl MapSpec {
+    /// Number of entries where there is to be room for `clients`, at least one, instead of [`MAX_CLIENTS`]. Only maps that
+    /// hold something for each client differ: those that have a multiple of that number.
+    #[must_use]
+    pub const fn capacity_for(&self, clients: u32) -> u32 {
+        #[expect(clippy::cast_possible_truncation, reason = "65536")]
+        const ALL_CLIENTS: u32 = MAX_CLIENTS as u32;
+        if self.capacity.is_multiple_of(ALL_CLIENTS) {
+            (self.capacity / ALL_CLIENTS).saturating_mul(clients)
+        } else {
+            self.capacity
+        }
+    }
+}
+
 macro_rules! describe {
     ($($(#[$doc:meta])+ $name:ident: $kind:ident<$key:ty, $value:ty>[$capacity:expr];)+) => {
         $(
@@ -339,6 +354,19 @@ mod tests {
             }
         }
         assert!(seen.iter().all(|taken| *taken));
+    }
+
+    #[test]
+    fn only_the_maps_of_clients_are_sized_by_their_number() {
+        for map in ALL {
+            let expect = match map.name {
+                "TUNNELS" => 6,
+                "SESSIONS" | "CHANNELS" | "PEERS" | "UFRAGS" => 3,
+                _ => map.capacity,
+            };
+            assert_eq!(map.capacity_for(3), expect, "{}", map.name);
+            assert_eq!(map.capacity_for(u32::try_from(MAX_CLIENTS).unwrap()), map.capacity, "{}", map.name);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::{io, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
-    Ebpf,
+    Ebpf, EbpfLoader,
     maps::{Array, Map, MapType},
 };
 use gateway_common::maps::{self, MapKind, MapSpec};
@@ -73,7 +73,20 @@ impl KernelPlane {
     /// # Errors
     /// If the object was built for another contract than this daemon, or the kernel does not let maps be made (CAP_BPF).
     pub fn open(object: &[u8]) -> Result<Self> {
-        let ebpf = Ebpf::load(object).context("the kernel does not take the BPF object")?;
+        Self::open_for(object, None)
+    }
+
+    /// The same with room for so many clients; with `None`, for as many as the list says.
+    ///
+    /// # Errors
+    /// As for [`KernelPlane::open`].
+    pub fn open_for(object: &[u8], clients: Option<u32>) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        let capacity = |spec: &MapSpec| clients.map_or(spec.capacity, |clients| spec.capacity_for(clients));
+        for spec in maps::ALL.iter().filter(|spec| capacity(spec) != spec.capacity) {
+            loader.map_max_entries(spec.name, capacity(spec));
+        }
+        let ebpf = loader.load(object).context("the kernel does not take the BPF object")?;
         let abi = {
             let map = ebpf
                 .map(maps::ABI_SECTION)
@@ -91,7 +104,7 @@ impl KernelPlane {
             if left_out && ebpf.map(spec.name).is_none() {
                 continue;
             }
-            compare(&ebpf, spec)?;
+            compare(&ebpf, &MapSpec { capacity: capacity(spec), ..*spec })?;
         }
         Ok(Self { ebpf })
     }
@@ -127,18 +140,19 @@ impl Kernel {
         load().map_err(name_the_right)
     }
 
-    /// Loads all programs, with empty maps and attached to nothing, `uplink` switched off. The maps are pinned in `folder`;
-    /// if they cannot be, that is said in the log, and everything works all the same.
+    /// Loads all programs, with empty maps and attached to nothing, `uplink` switched off. The maps have room for so many
+    /// `clients`, by default for [`maps::MAX_CLIENTS`], and are pinned in `folder`; if they cannot be, that is said in the
+    /// log, and everything works all the same.
     ///
     /// # Errors
     /// As for [`Kernel::steering`]; this needs CAP_NET_ADMIN and CAP_PERFMON too.
-    pub fn whole(folder: Option<&Path>) -> Result<Self> {
-        Self::whole_of(built_in().context("built without the kernel programs")?, folder)
+    pub fn whole(clients: Option<u32>, folder: Option<&Path>) -> Result<Self> {
+        Self::whole_of(built_in().context("built without the kernel programs")?, clients, folder)
             .map_err(name_the_right)
     }
 
-    fn whole_of(object: &[u8], folder: Option<&Path>) -> Result<Self> {
-        let mut plane = KernelPlane::open(object)?;
+    fn whole_of(object: &[u8], clients: Option<u32>, folder: Option<&Path>) -> Result<Self> {
+        let mut plane = KernelPlane::open_for(object, clients)?;
         plane.load_steering()?;
         plane.load_uplink()?;
         let pins = folder.map(|folder| Pins::make(&plane, folder)).and_then(|pins| {

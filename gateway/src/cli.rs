@@ -6,7 +6,7 @@
 use std::{net::SocketAddr, path::PathBuf, str::FromStr as _, time::Duration};
 
 use clap::{Parser, Subcommand, ValueEnum, builder::BoolishValueParser};
-use gateway_common::maps::MAX_WORKERS;
+use gateway_common::maps::{MAX_CLIENTS, MAX_WORKERS};
 use gateway_proto::portal::messages::Secret;
 use zeroize::Zeroizing;
 
@@ -86,6 +86,18 @@ pub struct Cli {
         help_heading = "Data plane"
     )]
     pub fast_path: Wanted,
+
+    /// For how many clients the kernel's maps have room with a fast path, 1 to 1048576. They take 96 bytes for each, and
+    /// more when it comes; with more clients than that the sockets carry for all.
+    #[arg(
+        long,
+        env = "FIREZONE_FAST_PATH_CLIENTS",
+        default_value_t = CLIENTS,
+        value_parser = clap::value_parser!(u32).range(1..=1 << 20),
+        value_name = "N",
+        help_heading = "Data plane"
+    )]
+    pub fast_path_clients: u32,
 
     /// Where the maps of the kernel programs get their names, for bpftool: a folder in a bpffs.
     #[arg(
@@ -215,6 +227,9 @@ pub enum Metrics {
 fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
     Ok(Secret(Zeroizing::new(text.to_owned())))
 }
+
+#[expect(clippy::cast_possible_truncation, reason = "65536")]
+const CLIENTS: u32 = MAX_CLIENTS as u32;
 
 /// From 1 to [`MAX_WORKERS`].
 fn workers(text: &str) -> Result<usize, String> {
@@ -353,6 +368,13 @@ mod tests {
         assert_eq!(Cli::parse_from(["firezone-gateway"]).fast_path, Wanted::Off);
         for (word, expect) in table {
             assert_eq!(Cli::parse_from(["firezone-gateway", "--fast-path", word]).fast_path, expect);
+        }
+        assert_eq!(Cli::parse_from(["firezone-gateway"]).fast_path_clients, 65_536);
+        assert_eq!(Cli::parse_from(["firezone-gateway", "--fast-path-clients=1"]).fast_path_clients, 1);
+        for number in ["0", "1048577", "-1", "many"] {
+            let argument = format!("--fast-path-clients={number}");
+            let refused = Cli::try_parse_from(["firezone-gateway", &argument]).unwrap_err().to_string();
+            assert!(refused.contains("--fast-path-clients"), "{refused}");
         }
         let refused = Cli::try_parse_from(["firezone-gateway", "--fast-path=fast"]).unwrap_err().to_string();
         assert!(refused.contains("must be auto, off, generic, native or zerocopy"), "{refused}");

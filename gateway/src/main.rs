@@ -137,7 +137,11 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         dns_listen: cli.dns_listen.into_iter().collect(),
         raise_buffer_limits: !cli.no_inc_buf,
         set_up_network: !cli.no_network_setup,
-        fast_path: data::fast::Config { wanted: cli.fast_path, bpffs: Some(cli.bpffs) },
+        fast_path: data::fast::Config {
+            wanted: cli.fast_path,
+            bpffs: Some(cli.bpffs),
+            clients: Some(cli.fast_path_clients),
+        },
         _lock: InstanceLock::acquire(TUN_NAME)?,
     })
 }

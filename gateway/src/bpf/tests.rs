@@ -23,7 +23,7 @@ fn object() -> &'static [u8] {
 
 /// All programs, attached to nothing; and the tables of `uplink`.
 fn whole() -> Kernel {
-    Kernel::whole(None).unwrap()
+    Kernel::whole(None, None).unwrap()
 }
 
 fn uplink(kernel: &mut Kernel) -> &mut Uplink {
@@ -81,13 +81,27 @@ fn bpf_object_of_another_abi_is_refused_in_one_sentence() {
     let at = section(&other, maps::ABI_SECTION);
     assert_eq!(other[at..at + 4], maps::ABI_VERSION.to_ne_bytes());
     other[at] += 1;
-    let refused = Kernel::whole_of(&other, None).unwrap_err();
+    let refused = Kernel::whole_of(&other, None, None).unwrap_err();
     let (theirs, ours) = (maps::ABI_VERSION + 1, maps::ABI_VERSION);
     let expect =
         format!("the BPF object has ABI {theirs}, this daemon {ours}; build both from the same source");
     assert_eq!(format!("{refused:#}"), expect);
-    let refused = Kernel::whole_of(b"no object", None).unwrap_err();
+    let refused = Kernel::whole_of(b"no object", None, None).unwrap_err();
     assert!(refused.to_string().contains("the kernel does not take the BPF object"), "{refused:#}");
+}
+
+#[test]
+#[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
+fn bpf_maps_have_room_for_as_many_clients_as_asked_for_and_say_what_they_left_out() {
+    let mut kernel = Kernel::whole(Some(2), None).unwrap();
+    for n in 1..=3 {
+        assert!(!kernel.must_pass(), "with {} clients", n - 1);
+        let connection = gateway_proto::ConnectionIndex::new(n).unwrap();
+        kernel.owners.set_session(connection, gateway_proto::WorkerId::new(0));
+    }
+    assert!(kernel.must_pass() && !kernel.enable(true).unwrap());
+    let full: Vec<_> = kernel.left_out().filter(|(_, entries)| *entries > 0).collect();
+    assert_eq!(full, [("SESSIONS", 1)]);
 }
 
 /// Where a section of an object lies (ELF64, System V ABI chapter 4).

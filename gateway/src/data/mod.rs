@@ -341,7 +341,7 @@ fn start_kernel(
 ) -> Option<bpf::Kernel> {
     let whole = match fast_path.wanted {
         Wanted::Off => None,
-        wanted => bpf::Kernel::whole(fast_path.bpffs.as_deref())
+        wanted => bpf::Kernel::whole(fast_path.clients, fast_path.bpffs.as_deref())
             .inspect_err(|e| match wanted {
                 Wanted::Exactly(_) => tracing::warn!("Fast path: off: {e}"),
                 _ => tracing::info!("Fast path: off: {e}"),

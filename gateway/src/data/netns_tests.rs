@@ -30,7 +30,7 @@ const ALL: Capabilities = Capabilities::ALL;
 const SIZES: BufferSizes = BufferSizes { recv: udp::RECV_BUFFER, send: udp::SEND_BUFFER };
 
 /// Nothing but sockets.
-const OFF: fast_path::Config = fast_path::Config { wanted: Wanted::Off, bpffs: None };
+const OFF: fast_path::Config = fast_path::Config { wanted: Wanted::Off, bpffs: None, clients: None };
 
 /// Runs `test` in a network namespace of its own; says so if it cannot.
 fn in_netns(test: impl Future<Output = ()> + Send) {

@@ -54,7 +54,8 @@ impl Told {
             match kernel.enable(false) {
                 Ok(_) => tracing::warn!(
                     ?full,
-                    "The fast path is off until the gateway is started again: a map of the kernel's is full"
+                    "The fast path is off until the gateway is started again: a map of the kernel's is full; \
+                     --fast-path-clients makes them larger"
                 ),
                 Err(e) => tracing::error!(?full, "A map of the kernel's is full: {e:#}"),
             }

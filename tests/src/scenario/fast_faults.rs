@@ -233,6 +233,36 @@ pub(super) fn starved(cx: &mut Context) -> Result<()> {
     lab.finish()
 }
 
+/// The kernel's maps have room for two clients, and three come: the sockets carry for all, and log and metrics say why.
+pub(super) fn full_maps(cx: &mut Context) -> Result<()> {
+    const WHY: &str = "a map of the kernel's is full";
+    fast_path::native(cx)?;
+    let launch = Launch::default().with("FIREZONE_FAST_PATH_CLIENTS", "2");
+    let mut lab = start(cx, &Options { launch, ..Options::default() })?;
+    lab.expect_warning(WHY);
+    let clients: Vec<&NetNs> = cx.topology.clients.iter().map(|node| &node.namespace).collect();
+    ensure!(clients.len() == 3, "two find room and one does not");
+    lab.connect(0, &[lan4(), lan6()])?;
+    let transfer = Download::start(cx, clients[0], "transfer", &format!("http://{}/slow", LAN_HOST.0))?;
+    let proof = Proof::of(&cx.topology);
+    carries(&proof, &transfer)?;
+    for client in 1..clients.len() {
+        lab.connect(client, &[lan4(), lan6()])?;
+    }
+    lab.gateway.wait_log(WHY, 1, SECOND)?;
+    clients.iter().try_for_each(|client| http_both(client))?;
+    transfer.wait_growth(3 * SECOND).context("by the sockets")?;
+    let before = proof.redirected()?;
+    transfer.wait_growth(3 * SECOND).context("by the sockets")?;
+    ensure!(proof.redirected()? == before, "the fast path is not off");
+    let page = curl(&cx.topology.gateway.namespace, &["http://127.0.0.1:8080/metrics"])?.success()?;
+    let left_out = page.lines().filter(|line| line.contains("map_entries_left_out_total{"));
+    let full: Vec<&str> = left_out.filter(|line| !line.ends_with(" 0")).collect();
+    println!("      {}", full.join(", "));
+    ensure!(!full.is_empty(), "no map left an entry out: {page}");
+    lab.finish()
+}
+
 /// Datagrams of 100 bytes from the client to the LAN, at `pace` per second for `time`; how many.
 fn stream(client: &NetNs, time: Duration, pace: u32) -> Result<u64> {
     client.run(|| {

@@ -315,6 +315,8 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("fast path: the link goes down and up", direct::plan, 60, fast_faults::link_down).once(),
     scenario("fast path: another XDP program was first", direct::plan, 40, fast_faults::other_program).once(),
     scenario("fast path: jumbo frames come and go", direct::plan, 40, fast_faults::jumbo_frames).once(),
+    scenario("fast path: more clients than its maps hold", direct::three_clients, 40, fast_faults::full_maps)
+        .once(),
     scenario("fast path: without the right to it", direct::plan, 20, fast_faults::no_rights).once(),
     scenario("fast path: the rings run full", direct::plan, 40, fast_faults::starved).once(),
     scenario("sixteen clients come, go, roam and lose access", direct::sixteen_clients, 120, churn::sixteen)

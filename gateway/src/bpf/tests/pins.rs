@@ -39,14 +39,14 @@ fn dump(path: &Path) -> String {
 fn bpf_maps_are_pinned_under_their_names_and_fresh_ones_replace_stale_ones() {
     with_bpffs(|bpffs| {
         let folder = bpffs.join("firezone-gateway");
-        let mut first = Kernel::whole_of(object(), Some(&folder)).unwrap();
+        let mut first = Kernel::whole_of(object(), None, Some(&folder)).unwrap();
         tables(&mut first).set_relay("198.51.100.3:3478".parse().unwrap(), true);
         assert!(dump(&folder.join("RELAYS")).contains(r#""id": 1"#), "{}", dump(&folder.join("RELAYS")));
         // As after SIGKILL: nothing removes the names.
         std::mem::forget(first.pins.take());
         drop(first);
 
-        let mut kernel = Kernel::whole_of(object(), Some(&folder)).unwrap();
+        let mut kernel = Kernel::whole_of(object(), None, Some(&folder)).unwrap();
         assert_eq!(kernel.pinned(), Some(&*folder));
         assert_eq!(dump(&folder.join("RELAYS")), "[]", "the stale map is there");
         let uplink = tables(&mut kernel);

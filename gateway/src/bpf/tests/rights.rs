@@ -78,7 +78,7 @@ fn bpf_steering_loads_and_is_attached_with_the_rights_there_are() {
 #[test]
 #[ignore = "needs root and the BPF object; `cargo xtask test` runs it"]
 fn bpf_uplink_is_attached_with_the_rights_there_are() {
-    let mut kernel = Kernel::whole(None).unwrap();
+    let mut kernel = Kernel::whole(None, None).unwrap();
     if !std::path::Path::new("/proc/thread-self/net/dev_snmp6/up0").exists() {
         return;
     }

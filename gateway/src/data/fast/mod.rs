@@ -43,6 +43,8 @@ pub struct Config {
     pub wanted: Wanted,
     /// `--bpffs`: where the kernel's maps are pinned.
     pub bpffs: Option<PathBuf>,
+    /// `--fast-path-clients`: for how many the kernel's maps have room; as many as they can if absent.
+    pub clients: Option<u32>,
 }
 
 /// How it is.

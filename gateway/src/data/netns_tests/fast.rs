@@ -34,7 +34,8 @@ use crate::{
     },
 };
 
-const NATIVE: fast_path::Config = fast_path::Config { wanted: Wanted::Exactly(Mode::Native), bpffs: None };
+const NATIVE: fast_path::Config =
+    fast_path::Config { wanted: Wanted::Exactly(Mode::Native), bpffs: None, clients: None };
 const PAIR: (&str, &str) = PAIRS[0];
 
 /// False, and says so, without the kernel programs.
@@ -203,7 +204,7 @@ fn fast_path_carries_direct_and_relayed_over_ipv4_and_ipv6_in_every_mode_of_a_ve
                     return;
                 }
                 let bed = Bed::new();
-                let wanted = fast_path::Config { wanted: Wanted::Exactly(mode), bpffs: None };
+                let wanted = fast_path::Config { wanted: Wanted::Exactly(mode), bpffs: None, clients: None };
                 if mode == Mode::Generic {
                     // Such a program comes behind all that merges.
                     bed.enter_b();

@@ -18,6 +18,11 @@ pub fn two_clients() -> Plan {
     Plan { clients: 2, ..Plan::new("direct, two clients") }
 }
 
+/// Three clients, the third at 192.0.2.130.
+pub fn three_clients() -> Plan {
+    Plan { clients: 3, ..Plan::new("direct, three clients") }
+}
+
 /// Sixteen clients, at 192.0.2.x and 198.18.x.2.
 pub fn sixteen_clients() -> Plan {
     Plan { clients: 16, ..Plan::new("direct, sixteen clients") }
