@@ -13,7 +13,7 @@ pub const ABI_SECTION: &str = ".rodata.abi";
 /// entries.
 pub const MAX_WORKERS: usize = 64;
 
-/// How many clients the kernel is told of. Far more than one gateway serves, and the empty maps take 6 MiB (16 bytes for
+/// How many clients the kernel is told of. Far more than one gateway serves, and the empty maps take 12 MiB (16 bytes for
 /// each entry they may get; entries themselves are allocated when they come). A client beyond it is steered by nothing
 /// and reaches its worker through the other workers.
 pub const MAX_CLIENTS: usize = 65_536;
@@ -52,10 +52,10 @@ macro_rules! maps {
             LOCAL: HashMap<$crate::maps::Endpoint, $crate::maps::Present>[$crate::maps::MAX_LOCAL];
             /// The server addresses of our relays.
             RELAYS: HashMap<$crate::maps::Endpoint, $crate::maps::RelayId>[$crate::maps::MAX_RELAYS];
-            /// The channels that are bound and confirmed, with their budgets of handshakes.
-            CHANNELS: HashMap<$crate::maps::ChannelKey, $crate::budget::Budget>[$crate::maps::MAX_CLIENTS];
+            /// The channels that are bound and confirmed, with their budgets of handshakes; a client may have several.
+            CHANNELS: HashMap<$crate::maps::ChannelKey, $crate::budget::Budget>[4 * $crate::maps::MAX_CLIENTS];
             /// Addresses that ICE has authenticated, with their budgets of handshakes.
-            PEERS: HashMap<$crate::maps::Endpoint, $crate::budget::Budget>[$crate::maps::MAX_CLIENTS];
+            PEERS: HashMap<$crate::maps::Endpoint, $crate::budget::Budget>[4 * $crate::maps::MAX_CLIENTS];
             /// The beginnings of the usernames in connectivity checks that are for us.
             UFRAGS: HashMap<$crate::maps::UfragKey, $crate::maps::Present>[$crate::maps::MAX_CLIENTS];
             /// The workers' AF_XDP sockets, by [`xsk_slot`]($crate::maps::xsk_slot).
@@ -361,7 +361,8 @@ mod tests {
         for map in ALL {
             let expect = match map.name {
                 "TUNNELS" => 6,
-                "SESSIONS" | "CHANNELS" | "PEERS" | "UFRAGS" => 3,
+                "CHANNELS" | "PEERS" => 12,
+                "SESSIONS" | "UFRAGS" => 3,
                 _ => map.capacity,
             };
             assert_eq!(map.capacity_for(3), expect, "{}", map.name);

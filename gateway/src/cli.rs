@@ -87,7 +87,7 @@ pub struct Cli {
     )]
     pub fast_path: Wanted,
 
-    /// For how many clients the kernel's maps have room with a fast path, 1 to 1048576. They take 96 bytes for each, and
+    /// For how many clients the kernel's maps have room with a fast path, 1 to 1048576. They take 192 bytes for each, and
     /// more when it comes; with more clients than that the sockets carry for all.
     #[arg(
         long,
