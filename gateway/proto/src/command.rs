@@ -11,6 +11,7 @@ use crate::{
     addr::TunnelAddrs,
     flow::{Attributions, DeniedReport, FlowReport, Meeting},
     ids::{ClientId, ConnectionIndex, WorkerId},
+    inquiry::{Inquiry, Reply},
     names::{AssignedIps, Names},
     portal::messages::Resource,
 };
@@ -48,6 +49,9 @@ pub enum Command {
     },
     /// What the wall clock shows, at the start and whenever it was set: reports carry its times.
     WallClock(Meeting),
+    /// An operator asks: to be answered by [`WorkerEvent::Replied`]. A later question takes the place of one that was not
+    /// heard yet.
+    Inquire(Inquiry),
     /// Say goodbye to every client and forget them (graceful shutdown).
     Shutdown,
 }
@@ -196,6 +200,8 @@ pub enum WorkerEvent {
     Flow(Box<FlowReport>),
     /// A packet was denied. For the shell; control ignores it.
     Denied(Box<DeniedReport>),
+    /// The answer to [`Command::Inquire`]. For the shell; control ignores it.
+    Replied(Box<Reply>),
     /// A client that moved has arrived, with whatever sessions it had.
     Adopted {
         /// Whose.

@@ -20,6 +20,7 @@ pub mod addr;
 pub mod command;
 pub mod flow;
 pub mod ids;
+pub mod inquiry;
 pub mod names;
 pub mod pattern;
 pub mod portal;

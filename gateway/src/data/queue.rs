@@ -89,6 +89,7 @@ enum Key {
     Channel(SocketAddr, u16),
     Accounting,
     WallClock,
+    Inquiry,
     Shutdown,
 }
 
@@ -136,6 +137,7 @@ fn key_of(command: &Command) -> Key {
         Command::Channel { server, number, .. } => Key::Channel(*server, *number),
         Command::Accounting { .. } => Key::Accounting,
         Command::WallClock(_) => Key::WallClock,
+        Command::Inquire(_) => Key::Inquiry,
         Command::Shutdown => Key::Shutdown,
     }
 }
@@ -220,7 +222,7 @@ impl Events {
     }
 }
 
-const KINDS: usize = 10;
+const KINDS: usize = 11;
 
 /// The place of an event's kind in the quota table, and how many of it may wait.
 ///
@@ -239,6 +241,8 @@ fn kind_of(event: &WorkerEvent) -> (usize, usize) {
         WorkerEvent::Assigned { .. } => (7, 4096),
         WorkerEvent::Flow(_) => (8, 20_000),
         WorkerEvent::Denied(_) => (9, 1024),
+        // One of each worker; a few more of workers that were slow to answer an earlier question.
+        WorkerEvent::Replied(_) => (10, 256),
     }
 }
 

@@ -174,6 +174,11 @@ impl Authorizations {
         self.granted.is_empty()
     }
 
+    /// Everything the client may reach, and until when.
+    pub(super) fn with_expiry(&self) -> impl Iterator<Item = (&Resource, Option<UnixSeconds>)> {
+        self.granted.values().map(|a| (&a.resource, a.expires))
+    }
+
     /// Everything the client may reach, for the workers.
     pub(super) fn resources(&mut self) -> Arc<[Resource]> {
         let granted = &self.granted;

@@ -28,6 +28,7 @@ mod shared;
 mod stun_router;
 mod timers;
 mod upkeep;
+mod views;
 
 use std::{
     collections::VecDeque,
@@ -51,7 +52,7 @@ use self::{
     shared::Shared,
     timers::Timers,
 };
-pub use self::{connection::PathKind, depths::Depths};
+pub use self::{connection::PathKind, depths::Depths, views::ClientView};
 use crate::{
     addr::TunnelAddrs,
     command::{self, Command, WorkerEvent},
@@ -277,7 +278,7 @@ impl Control {
                 }
             }
             // The shell's.
-            WorkerEvent::Flow(_) | WorkerEvent::Denied(_) => {}
+            WorkerEvent::Flow(_) | WorkerEvent::Denied(_) | WorkerEvent::Replied(_) => {}
             WorkerEvent::ChannelsUsed(used) => self.shared.relays.handle_channels_used(&used, now),
         }
         self.settle(now);

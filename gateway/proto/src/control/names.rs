@@ -57,6 +57,11 @@ struct Known {
 }
 
 impl ClientNames {
+    /// The names, ascending.
+    pub(super) fn known(&self) -> impl Iterator<Item = &DomainName> {
+        self.domains.keys()
+    }
+
     /// Everything, for the workers.
     pub(super) fn names(&mut self) -> Arc<Names> {
         let Self { domains, answers, complete, names, .. } = self;

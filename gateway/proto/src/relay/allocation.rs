@@ -29,6 +29,7 @@ use super::{
     pace::{Pace, Rank},
     requests::{Due, Key, LADDER, PROBE, Pending, Requests, Sent},
     rtt::Rtt,
+    view::{RelayState, RelayView},
 };
 use crate::{ids::RelayId, sink::Transmit};
 
@@ -171,6 +172,27 @@ impl Allocation {
 
     pub(super) fn addresses(&self) -> impl Iterator<Item = SocketAddr> + '_ {
         self.servers.iter().flatten().map(|server| server.addr)
+    }
+
+    pub(super) fn view(&self) -> RelayView {
+        let relayed = self.relayed().filter_map(|candidate| match candidate {
+            LocalCandidate::Relayed { addr, .. } => Some(addr),
+            _ => None,
+        });
+        RelayView {
+            id: self.id,
+            addresses: self.addresses().collect(),
+            active: self.active_server(),
+            rtt: self.rtt(),
+            state: match self.state {
+                State::Searching => RelayState::Silent,
+                State::Unallocated { .. } => RelayState::Answering,
+                State::Allocated { .. } => RelayState::Allocated,
+                State::Failed => RelayState::Failed,
+            },
+            relayed: relayed.collect(),
+            channels: self.channels.bound(),
+        }
     }
 
     pub(super) fn rtt(&self) -> Option<Duration> {

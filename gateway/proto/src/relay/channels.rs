@@ -297,6 +297,12 @@ impl Channels {
         self.by_peer.get(&peer).copied()
     }
 
+    /// How many are bound.
+    pub(super) fn bound(&self) -> usize {
+        let is_bound = |channel: &&Channel| matches!(channel.state, State::Bound { .. });
+        self.by_number.values().filter(is_bound).count()
+    }
+
     /// Is a bind of `number` a refresh?
     pub(super) fn is_bound(&self, number: u16) -> bool {
         self.by_number.get(&number).is_some_and(|channel| matches!(channel.state, State::Bound { .. }))

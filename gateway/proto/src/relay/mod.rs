@@ -39,6 +39,7 @@ mod event;
 mod pace;
 mod requests;
 mod rtt;
+mod view;
 
 #[cfg(test)]
 mod channel_rules;
@@ -59,6 +60,7 @@ pub(crate) use allocation::SILENCE;
 use allocation::{Allocation, Out, Server, Servers};
 use codec::Credentials;
 pub use event::{LocalCandidate, RelayEvent, Use};
+pub use view::{RelayState, RelayView};
 
 /// Addresses of removed relays whose late packets are swallowed (connections.md section 9).
 const REMEMBERED: usize = 64;
@@ -311,6 +313,12 @@ impl Relays {
     /// Smoothed round-trip times of the relays that have answered.
     pub fn rtts(&self) -> impl Iterator<Item = (RelayId, Duration)> + '_ {
         self.relays.iter().filter_map(|relay| Some((relay.id(), relay.rtt()?)))
+    }
+
+    /// For who looks.
+    #[must_use]
+    pub fn views(&self) -> Vec<RelayView> {
+        self.relays.iter().map(Allocation::view).collect()
     }
 
     /// What was dropped, by reason.

@@ -62,6 +62,8 @@ impl Events {
             WorkerEvent::Established { .. }
             | WorkerEvent::Expired { .. }
             | WorkerEvent::Goodbye { .. }
+            // One per question, and the next is asked when all have answered.
+            | WorkerEvent::Replied(_)
             | WorkerEvent::Adopted { .. } => {}
         }
         self.session.push_back(event);

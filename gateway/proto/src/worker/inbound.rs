@@ -23,7 +23,7 @@ use super::{
     peers::Peers,
     policy::{Class, Decision},
 };
-use crate::addr;
+use crate::{addr, ids::ResourceId};
 
 /// The client that gets the packet, and the packet's view as the resource sent it if that client's flows are counted. One
 /// that belongs to a session is translated; any other, and one for another worker, is as it was.
@@ -42,26 +42,13 @@ pub fn decide<'a>(
     let peer = peers.holder(slot, DropReason::NoPeerState)?;
     // Answers of our DNS server and echo replies; ICMP errors of our own kernel are like those of any router.
     let ours = own.addrs.is_some_and(|addrs| addrs.contains(inner.src));
-    if ours && inner.transport != Transport::IcmpError {
-        return Ok((peer, None));
-    }
-    if addr::is_tunnel(inner.src) && !ours {
-        return Err(DropReason::TunnelSource.into());
-    }
-    // Nothing out there has a proxy address.
-    if addr::is_resource_proxy(inner.src) {
-        return Err(DropReason::InboundNotAllowed.into());
-    }
-    match inner.transport {
-        Transport::IcmpError => {
+    match origin(&inner, ours)? {
+        Origin::Ourselves => return Ok((peer, None)),
+        Origin::Error => {
             decide_error(peer, packet, &mut inner, ours, now)?;
             return Ok((peer, None));
         }
-        // Timestamps are answers like echoes. Redirects, discovery and the like are between neighbours.
-        Transport::Icmp(kind) if !(inner.src.is_ipv4() && matches!(kind, 13 | 14)) => {
-            return Err(DropReason::UnsupportedProtocol.into());
-        }
-        _ => {}
+        Origin::Resource => {}
     }
     let sent = peer.flows.is_some().then_some(inner);
     let translated = match &mut peer.nat {
@@ -74,6 +61,53 @@ pub fn decide<'a>(
     match decision {
         Decision::Permitted(_) => Ok((peer, sent)),
         Decision::Denied | Decision::Private => Err(DropReason::InboundNotAllowed.into()),
+    }
+}
+
+/// What would become of a packet to `peer` that an operator imagines and that belongs to no translated session.
+///
+/// # Errors
+/// Why it is dropped.
+pub fn imagine(peer: &mut Peer, inner: &Inner, own: Own) -> Result<Option<ResourceId>, DropReason> {
+    let ours = own.addrs.is_some_and(|addrs| addrs.contains(inner.src));
+    match origin(inner, ours)? {
+        Origin::Ourselves | Origin::Error => Ok(None),
+        Origin::Resource => match peer.policy.decide(inner.src, Class::of_source(inner.transport)) {
+            Decision::Permitted(by) => Ok(Some(by)),
+            Decision::Denied | Decision::Private => Err(DropReason::InboundNotAllowed),
+        },
+    }
+}
+
+/// Who sent a packet to a client.
+enum Origin {
+    /// The gateway's own kernel.
+    Ourselves,
+    /// Somebody who has no place for a packet of the client.
+    Error,
+    /// What rules are about.
+    Resource,
+}
+
+#[inline]
+fn origin(inner: &Inner, ours: bool) -> Result<Origin, DropReason> {
+    if ours && inner.transport != Transport::IcmpError {
+        return Ok(Origin::Ourselves);
+    }
+    if addr::is_tunnel(inner.src) && !ours {
+        return Err(DropReason::TunnelSource);
+    }
+    // Nothing out there has a proxy address.
+    if addr::is_resource_proxy(inner.src) {
+        return Err(DropReason::InboundNotAllowed);
+    }
+    match inner.transport {
+        Transport::IcmpError => Ok(Origin::Error),
+        // Timestamps are answers like echoes. Redirects, discovery and the like are between neighbours.
+        Transport::Icmp(kind) if !(inner.src.is_ipv4() && matches!(kind, 13 | 14)) => {
+            Err(DropReason::UnsupportedProtocol)
+        }
+        _ => Ok(Origin::Resource),
     }
 }
 

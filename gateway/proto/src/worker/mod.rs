@@ -21,6 +21,7 @@
 //! Every input is counted exactly once: in [`Counters`] if it was dropped, in [`Traffic`] if it was not.
 
 mod account;
+mod answers;
 mod bucket;
 mod control_packet;
 mod demux;
@@ -182,6 +183,7 @@ impl Worker {
             Command::Channel { server, number, peer } => self.demux.set_channel((server, number), peer),
             Command::Accounting { on } => self.set_accounting(on, now),
             Command::WallClock(clock) => self.set_clock(clock, now),
+            Command::Inquire(inquiry) => self.answer(&inquiry, now),
             Command::Shutdown => {
                 for peer in self.peers.drain() {
                     self.say_goodbye(peer, now, sink);
@@ -343,6 +345,7 @@ impl Worker {
             account::outbound(peer, packet, &passing, arrival, self.clock, now, out);
         }
         let len = packet.len();
+        peer.outbound.add(len);
         sink.commit_packet(len);
         let relayed = arrival.via().is_some();
         let volume =
@@ -510,6 +513,7 @@ impl Worker {
         let link = peer.link.as_deref_mut().ok_or(DropReason::NotConnected)?;
         let index = link.index;
         let relayed = send::seal(link, packet, &mut self.demux, now, sink)?;
+        peer.inbound.add(packet.len());
         tell_activity(peer, index, &mut self.events, now);
         if sent.is_some() {
             account::inbound(peer, packet, sent, now, account::told(&mut self.events, &mut self.traffic));
@@ -566,9 +570,15 @@ impl Worker {
 
 impl Volume {
     #[inline]
-    fn add(&mut self, len: usize) {
+    pub(crate) fn add(&mut self, len: usize) {
         self.packets += 1;
         self.bytes += len as u64;
+    }
+
+    /// Adds another one.
+    pub(crate) fn merge(&mut self, other: Self) {
+        self.packets += other.packets;
+        self.bytes += other.bytes;
     }
 }
 

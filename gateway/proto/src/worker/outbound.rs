@@ -57,10 +57,17 @@ pub fn decide(peer: &mut Peer, packet: &[u8], own: Own) -> Verdict {
     if inner::embedded(packet, &inner).is_some() {
         return Verdict::Drop(DropReason::OutboundIcmpError);
     }
-    let denied = |denial, reason| deny(denial, reason, inner);
     if inner::is_source_routed(packet, &inner) {
         return Verdict::Drop(DropReason::SourceRouted);
     }
+    allow(peer, inner, own)
+}
+
+/// Decides by its addresses and ports on a packet that is neither odd nor for the gateway's own ears: also on one that
+/// an operator only imagines.
+#[inline]
+pub fn allow(peer: &mut Peer, inner: Inner, own: Own) -> Verdict {
+    let denied = |denial, reason| deny(denial, reason, inner);
     if !peer.tunnel.contains(inner.src) {
         return denied(Denial::Prohibited, DropReason::ForeignSource);
     }

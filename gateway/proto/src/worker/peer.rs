@@ -10,6 +10,7 @@ use std::{
 use gateway_common::DropReason;
 
 use super::{
+    Volume,
     account::Denials,
     bucket::{Bucket, Rate},
     flows::Flows,
@@ -64,6 +65,10 @@ pub struct Peer {
     pub link: Option<Box<Link>>,
     /// Budget of initiations from its direct path and from where its checks came from.
     pub handshakes: Bucket,
+    /// Packets of it that were passed on, for who asks about it.
+    pub outbound: Volume,
+    /// Packets to it that were sent.
+    pub inbound: Volume,
     /// When the wheel looks at it next; other entries are stale.
     pub due: Tick,
     icmp: Bucket,
@@ -117,6 +122,8 @@ impl Peer {
             heard_from: Arc::clone(&state.heard_from),
             link: None,
             handshakes: Bucket::FULL,
+            outbound: Volume::default(),
+            inbound: Volume::default(),
             due: Tick::default(),
             icmp: Bucket::FULL,
             control: Bucket::FULL,

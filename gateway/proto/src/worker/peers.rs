@@ -116,9 +116,14 @@ impl Peers {
         self.remotes.slots.get(&remote).copied()
     }
 
+    /// How many slots there are.
+    pub fn places(&self) -> u32 {
+        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
+    }
+
     /// Every slot there is, taken or not.
     pub fn slots(&self) -> impl Iterator<Item = Slot> + use<> {
-        (0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX)).map(Slot)
+        (0..self.places()).map(Slot)
     }
 
     /// The client at `slot` if this worker holds it.

@@ -123,6 +123,12 @@ impl Wg {
         })
     }
 
+    /// How long ago the session was made that is encrypted with; `None` without one that may be.
+    pub fn handshake_age(&self, now: Instant) -> Option<Duration> {
+        let current = self.current().filter(|_| self.is_sendable(now))?;
+        Some(now.saturating_duration_since(current.established))
+    }
+
     /// Is an own initiation unanswered? Then [`Wg::tick`] wants to run often.
     pub fn is_handshaking(&self) -> bool {
         self.initiated.is_some() && self.life != Life::Expired

@@ -10,7 +10,9 @@ use super::{IDLE, Key, Occasion, Way, segment::Segment};
 use crate::{
     flow::{Attribution, FlowEnd, FlowId, FlowReport, Outer, UnixTime},
     ids::{ClientId, ResourceId},
+    inquiry::OpenFlow,
     names::DomainName,
+    worker::Volume,
 };
 
 /// "At most 16 per flow"
@@ -93,6 +95,35 @@ impl Flow {
         self.key
     }
 
+    /// To which resource.
+    pub fn resource(&self) -> ResourceId {
+        self.resource
+    }
+
+    /// What it carried: to the resource, from it.
+    pub fn carried(&self) -> (Volume, Volume) {
+        let volume = |carried: Carried| Volume { packets: carried.packets, bytes: carried.bytes };
+        (volume(self.tx), volume(self.rx))
+    }
+
+    /// For an operator. `client` is whose it is.
+    pub fn open(&self, client: ClientId, now: Instant) -> OpenFlow {
+        let (outbound, inbound) = self.carried();
+        let (src, dst) = self.ends();
+        OpenFlow {
+            client,
+            resource: self.resource,
+            protocol: self.key.protocol(),
+            src,
+            dst,
+            domain: self.domain.clone(),
+            age: now.saturating_duration_since(self.opened),
+            quiet: now.saturating_duration_since(self.last),
+            outbound,
+            inbound,
+        }
+    }
+
     /// Is an outbound segment, let through by `resource`, not of this flow but of the next with the same key?
     #[inline]
     pub fn is_ended_by(&self, segment: &Segment, resource: ResourceId) -> bool {
@@ -155,18 +186,25 @@ impl Flow {
             rx_bytes: self.rx.bytes,
             tx_bytes: self.tx.bytes,
         });
+        let (src, dst) = self.ends();
         FlowReport {
             id: self.id,
             client,
             attribution: Arc::clone(&self.attribution),
             protocol: self.key.protocol(),
-            src: SocketAddr::new(self.src, self.key.outside.port()),
-            dst: SocketAddr::new(self.key.outside.real(), self.key.remote_port),
+            src,
+            dst,
             domain: self.domain.clone(),
             outers: self.ways.clone(),
             start: self.start,
             end,
         }
+    }
+
+    /// The client's side and the resource's.
+    fn ends(&self) -> (SocketAddr, SocketAddr) {
+        let Key { outside, remote_port } = &self.key;
+        (SocketAddr::new(self.src, outside.port()), SocketAddr::new(outside.real(), *remote_port))
     }
 
     fn unix_time(&self, instant: Instant) -> UnixTime {

@@ -29,7 +29,10 @@ use std::{
 };
 
 use self::{flow::Flow, segment::Segment};
+use rustc_hash::FxHashMap;
+
 use super::{
+    Volume,
     inner::{Inner, Transport},
     nat::{
         Kind, Outside, Secret,
@@ -39,6 +42,7 @@ use super::{
 use crate::{
     flow::{Attribution, FlowId, FlowProtocol, FlowReport, Meeting},
     ids::{ClientId, ResourceId},
+    inquiry::OpenFlow,
     names::DomainName,
 };
 
@@ -48,6 +52,9 @@ pub const IDLE: Duration = Duration::from_secs(120);
 pub const MAX_FLOWS: usize = 16_384;
 /// How many are looked at for the idlest where one must go.
 const SAMPLE: usize = 16;
+
+/// Resources whose closed flows are summed up; further ones are not.
+const MAX_TOTALS: usize = 1024;
 
 /// Takes a report. It is boxed because it goes into a queue with smaller things.
 pub type Out<'a> = &'a mut dyn FnMut(Box<FlowReport>);
@@ -66,6 +73,8 @@ pub struct Flows {
     recent: Option<(Key, Slot)>,
     /// Where the next search for an idle one begins.
     hand: usize,
+    /// What closed flows carried by resource: to it, from it. At most [`MAX_TOTALS`].
+    totals: FxHashMap<ResourceId, (Volume, Volume)>,
 }
 
 /// Between whom the datagram of an outbound packet travelled.
@@ -143,6 +152,7 @@ impl Flows {
             due: Vec::new(),
             recent: None,
             hand: 0,
+            totals: FxHashMap::default(),
         }
     }
 
@@ -297,14 +307,50 @@ impl Flows {
         let (id, client) = (self.next_id(), self.client);
         let flow = self.flow(slot);
         out(Box::new(flow.report(client, Some(now))));
+        let (resource, carried) = (flow.resource(), flow.carried());
         flow.begin_again(id, way, occasion, now);
         out(Box::new(flow.report(client, None)));
+        self.add_up(resource, carried);
+    }
+
+    /// What all flows carried by resource so far: to it, from it; ascending. Looks at every open flow.
+    #[must_use]
+    pub fn by_resource(&self) -> Vec<(ResourceId, Volume, Volume)> {
+        let mut totals = self.totals.clone();
+        for flow in self.flows.iter().flatten() {
+            let (outbound, inbound) = totals.entry(flow.resource()).or_default();
+            let carried = flow.carried();
+            outbound.merge(carried.0);
+            inbound.merge(carried.1);
+        }
+        let mut totals: Vec<_> = totals.into_iter().map(|(id, (to, from))| (id, to, from)).collect();
+        totals.sort_unstable_by_key(|(id, ..)| *id);
+        totals
+    }
+
+    /// The open flows, in no order.
+    pub fn open_flows(&self, now: Instant) -> impl Iterator<Item = OpenFlow> + '_ {
+        self.flows.iter().flatten().map(move |flow| flow.open(self.client, now))
+    }
+
+    fn sum_up(&mut self, flow: &Flow) {
+        self.add_up(flow.resource(), flow.carried());
+    }
+
+    fn add_up(&mut self, resource: ResourceId, carried: (Volume, Volume)) {
+        if self.totals.len() >= MAX_TOTALS && !self.totals.contains_key(&resource) {
+            return;
+        }
+        let (outbound, inbound) = self.totals.entry(resource).or_default();
+        outbound.merge(carried.0);
+        inbound.merge(carried.1);
     }
 
     #[cold]
     fn close(&mut self, slot: Slot, now: Instant, out: Out<'_>) {
         let Some(flow) = self.flows[slot as usize].take() else { return };
         out(Box::new(flow.report(self.client, Some(now))));
+        self.sum_up(&flow);
         self.slots.remove(&flow.key());
         self.free.push(slot);
         self.wheel.remove(slot);
