@@ -3,7 +3,12 @@
 //! Same names, defaults and precedence (argument, then variable, then default) as upstream's gateway, so that an
 //! existing unit file or container definition starts this one unchanged. What is ours is marked so.
 
-use std::{net::SocketAddr, path::PathBuf, str::FromStr as _, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr as _,
+    time::Duration,
+};
 
 use clap::{Parser, Subcommand, ValueEnum, builder::BoolishValueParser};
 use gateway_common::maps::{MAX_CLIENTS, MAX_WORKERS};
@@ -163,6 +168,17 @@ pub struct Cli {
     )]
     pub health_check_addr: SocketAddr,
 
+    /// Unix socket by which `status`, `why`, `flows`, `top` and `bundle` ask the gateway that runs.
+    #[arg(
+        long,
+        env = "FIREZONE_CONTROL_SOCKET",
+        default_value = "/run/firezone-gateway/control.sock",
+        value_name = "PATH",
+        global = true,
+        help_heading = "Observe"
+    )]
+    pub control_socket: PathBuf,
+
     /// Send metrics once a minute, besides showing them on /metrics.
     #[arg(long, env = "FIREZONE_METRICS", value_enum, value_name = "WHERE", help_heading = "Observe")]
     pub metrics: Option<Metrics>,
@@ -181,8 +197,65 @@ pub struct Cli {
 }
 
 /// What the program does besides serving.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Command {
+    /// Show clients, relays, workers and the rest, as `wg show` does.
+    Status {
+        /// Everything, for programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show live rates of clients and workers. Keys: q ends, s sorts, r reverses, arrows scroll.
+    Top,
+    /// Say what becomes of such a packet and why: which resource permits it, or what to change so that one does.
+    Why {
+        /// Where it comes from: a client's tunnel address, or a resource's for what goes to a client.
+        #[arg(value_name = "SRC")]
+        src: IpAddr,
+        /// Where it goes.
+        #[arg(value_name = "DST")]
+        dst: IpAddr,
+        /// tcp, udp, icmp or a protocol number.
+        #[arg(value_name = "PROTO")]
+        protocol: String,
+        /// The resource's port.
+        #[arg(value_name = "PORT")]
+        port: Option<u16>,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List open flows, the newest first; they are counted while flow logs are on.
+    Flows {
+        /// Only this client's.
+        #[arg(long, value_name = "ID")]
+        client: Option<String>,
+        /// At most so many, up to 500.
+        #[arg(long, default_value_t = 50, value_name = "N")]
+        limit: usize,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write an archive for who helps: status, metrics, counters, versions, kernel settings; no token, key or user.
+    Bundle {
+        /// The new file; firezone-gateway-TIME.tar if absent.
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Switch the fast path of the gateway that runs.
+    FastPath {
+        /// Use it, do not, or where it pays.
+        #[arg(value_name = "MODE", value_parser = ["on", "off", "auto"])]
+        mode: String,
+    },
+    /// Write shell completions and man pages.
+    #[command(hide = true)]
+    DistDocs {
+        /// Into this folder.
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
     /// Remove what a gateway left behind that was killed: nftables table, routing rules, changed settings.
     Cleanup {
         /// Delete instead the iptables rules that upstream's firezone-gateway-init added, and nothing else.
@@ -266,6 +339,63 @@ mod tests {
     fn help_names_every_word_of_firezone_disable() {
         for capability in crate::data::capabilities::Capability::ALL {
             assert!(VARIABLES.contains(capability.word()), "{}", capability.word());
+        }
+    }
+
+    /// What `--help` says, of the daemon and of each command: a change of it is a change of a file. `UPDATE_HELP=1` writes it.
+    #[test]
+    fn help_is_what_help_txt_says() {
+        // What is in the environment of this run, and how wide its terminal is, is not the program's.
+        let mut command =
+            Cli::command().term_width(100).mut_args(|arg| arg.hide_env_values(true)).version("VERSION");
+        command.build();
+        let mut text = command.render_long_help().to_string();
+        for sub in command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()) {
+            text.push_str(&format!("\n===== {} =====\n{}", sub.get_name(), sub.render_long_help()));
+        }
+        let text = text.lines().map(|line| line.trim_end().to_owned() + "\n").collect::<String>();
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/help.txt");
+        if std::env::var_os("UPDATE_HELP").is_some() {
+            std::fs::write(path, &text).unwrap();
+        }
+        let golden = std::fs::read_to_string(path).unwrap_or_default();
+        for (at, (is, was)) in text.lines().zip(golden.lines()).enumerate() {
+            assert_eq!(is, was, "line {} of gateway/src/help.txt", at + 1);
+        }
+        assert_eq!(text.lines().count(), golden.lines().count(), "gateway/src/help.txt has other lines");
+    }
+
+    #[test]
+    fn commands_are_read_and_the_socket_may_be_named_before_and_after_them() {
+        let table: [(&[&str], Command); 5] = [
+            (&["--control-socket", "/s", "status", "--json"], Command::Status { json: true }),
+            (&["top", "--control-socket", "/s"], Command::Top),
+            (
+                &["why", "100.64.0.7", "10.0.0.5", "tcp", "443", "--control-socket=/s"],
+                Command::Why {
+                    src: "100.64.0.7".parse().unwrap(),
+                    dst: "10.0.0.5".parse().unwrap(),
+                    protocol: "tcp".to_owned(),
+                    port: Some(443),
+                    json: false,
+                },
+            ),
+            (
+                &["flows", "--limit=7", "--control-socket=/s"],
+                Command::Flows { client: None, limit: 7, json: false },
+            ),
+            (&["fast-path", "off", "--control-socket=/s"], Command::FastPath { mode: "off".to_owned() }),
+        ];
+        for (arguments, expect) in table {
+            let cli = Cli::try_parse_from([&["firezone-gateway"], arguments].concat()).unwrap();
+            assert_eq!(cli.command, Some(expect), "{arguments:?}");
+            assert_eq!(cli.control_socket, PathBuf::from("/s"), "{arguments:?}");
+        }
+        for arguments in [&["fast-path", "maybe"][..], &["why", "x", "10.0.0.5", "tcp"], &["why", "::1"]] {
+            assert!(
+                Cli::try_parse_from([&["firezone-gateway"], arguments].concat()).is_err(),
+                "{arguments:?}"
+            );
         }
     }
 

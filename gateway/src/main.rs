@@ -14,10 +14,17 @@ mod identity;
 mod logging;
 mod metrics;
 mod network;
+mod operator;
 mod portal;
 mod runtime;
 
-use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser as _;
@@ -44,8 +51,8 @@ const _: () =
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Some(Command::Cleanup { upstream_rules }) = cli.command {
-        return match network::cleanup::run(upstream_rules) {
+    if let Some(command) = &cli.command {
+        return match obey(command, &cli.control_socket) {
             Ok(()) => ExitCode::SUCCESS,
             Err(e) => complain(&e),
         };
@@ -60,6 +67,30 @@ fn main() -> ExitCode {
         Err(e) => {
             tracing::error!("{e:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// What is not serving.
+fn obey(command: &Command, socket: &Path) -> Result<()> {
+    use operator::client::commands;
+    match command {
+        Command::Cleanup { upstream_rules } => network::cleanup::run(*upstream_rules),
+        Command::Status { json } => commands::status(socket, *json),
+        Command::Top => operator::top::run(socket),
+        Command::Why { src, dst, protocol, port, json } => {
+            commands::why(socket, (*src, *dst), protocol, *port, *json)
+        }
+        Command::Flows { client, limit, json } => commands::flows(socket, client.as_deref(), *limit, *json),
+        Command::Bundle { output } => {
+            let path = operator::bundle::run(socket, output.clone())?;
+            println!("{}", path.display());
+            Ok(())
+        }
+        Command::FastPath { mode } => commands::fast_path(socket, mode),
+        Command::DistDocs { folder } => {
+            operator::manual::write(folder)?.iter().for_each(|path| println!("{}", path.display()));
+            Ok(())
         }
     }
 }
@@ -81,6 +112,7 @@ struct Prepared {
     buffers: BufferSizes,
     allowed: Capabilities,
     health_check_addr: SocketAddr,
+    control_socket: PathBuf,
     allow_own_ip: bool,
     dns_listen: BTreeSet<SocketAddr>,
     raise_buffer_limits: bool,
@@ -133,6 +165,7 @@ fn prepare(cli: Cli) -> Result<Prepared> {
         buffers: BufferSizes::from_env()?,
         allowed: Capabilities::from_env()?,
         health_check_addr: cli.health_check_addr,
+        control_socket: cli.control_socket,
         allow_own_ip: cli.allow_own_ip,
         dns_listen: cli.dns_listen.into_iter().collect(),
         raise_buffer_limits: !cli.no_inc_buf,
@@ -182,10 +215,13 @@ fn run(prepared: Prepared) -> Result<()> {
         let exporter = Arc::new(exporter);
         let server = health::Server::new(Arc::clone(&readiness), Arc::clone(&exporter));
         tokio::spawn(server.serve(prepared.health_check_addr));
+        let (asker, operator) = operator::channel();
+        let server = operator::Server::new(asker, Arc::clone(&exporter));
+        tokio::spawn(server.serve(prepared.control_socket));
         if let Some(to) = prepared.metrics {
             tokio::spawn(metrics::export(exporter, to));
         }
-        let watched = Watched { readiness, dns: dns_stats, asks };
+        let watched = Watched { readiness, dns: dns_stats, asks, operator };
         let flow_logs = (flow_logs, prepared.log_flows);
         let runtime = Runtime::new(data, interface, dns, flow_logs, prepared.portal, watched)?;
         // After the last thing that can fail, and where a signal is waited for already: what is set up is removed.

@@ -38,6 +38,7 @@ use crate::{
     health::Readiness,
     logging::REST,
     metrics::{Asks, Snapshot},
+    operator::{self, Ask, Inquiries, Overview},
     portal,
 };
 
@@ -57,6 +58,7 @@ enum Wake {
     ClockSet,
     Report,
     Scrape(oneshot::Sender<Box<Snapshot>>),
+    Operator(Ask),
 }
 
 /// What the loop shares with those who watch it.
@@ -67,6 +69,8 @@ pub struct Watched {
     pub dns: Arc<dns::Stats>,
     /// Scrapes.
     pub asks: Asks,
+    /// Questions by the control socket.
+    pub operator: operator::Asks,
 }
 
 /// What the loop owns.
@@ -79,6 +83,7 @@ pub struct Runtime {
     look_ups: dns::LookUps,
     flow_logs: FlowLogs,
     watched: Watched,
+    inquiries: Inquiries,
     started: SystemTime,
     clock_steps: clock::Steps,
     interrupt: Signal,
@@ -112,6 +117,7 @@ impl Runtime {
             workers: data.workers(),
             flow_logs: log_flows,
         });
+        let inquiries = Inquiries::new(data.workers().count);
         let clock_steps = clock::Steps::watch()?;
         let interrupt = signal(SignalKind::interrupt()).context("Cannot listen for SIGINT")?;
         let terminate = signal(SignalKind::terminate()).context("Cannot listen for SIGTERM")?;
@@ -129,6 +135,7 @@ impl Runtime {
             look_ups,
             flow_logs,
             watched,
+            inquiries,
             started: SystemTime::now(),
             clock_steps,
             interrupt,
@@ -163,6 +170,10 @@ impl Runtime {
                     let now = Instant::now();
                     let mut flows = false;
                     for event in events {
+                        if let WorkerEvent::Replied(reply) = event {
+                            self.inquiries.on_reply(*reply);
+                            continue;
+                        }
                         match log_flow(&mut self.flow_logs, event) {
                             Some(event) => self.control.handle_worker_event(event, now),
                             None => flows = true,
@@ -196,6 +207,11 @@ impl Runtime {
                 Wake::Report => self.report_counters(),
                 // A scrape that gave up is not waited for.
                 Wake::Scrape(reply) => drop(reply.send(Box::new(self.snapshot()))),
+                Wake::Operator(Ask::Overview(reply)) => drop(reply.send(Box::new(self.overview()))),
+                Wake::Operator(Ask::Workers(question, reply)) => {
+                    let command = self.inquiries.ask(question, reply);
+                    self.data.send(command);
+                }
             }
         };
         self.shut_down().await;
@@ -214,6 +230,8 @@ impl Runtime {
             found = self.look_ups.recv() => Wake::Resolved(found),
             // Four a second at most, and a flood is when somebody looks.
             Some(reply) = self.watched.asks.recv() => Wake::Scrape(reply),
+            // 200 a second at most, and each is bounded.
+            Some(ask) = self.watched.operator.recv() => Wake::Operator(ask),
             events = self.data.recv() => Wake::Workers(events),
             () = sleep_until(deadline) => Wake::Deadline,
             () = self.clock_steps.next() => Wake::ClockSet,
@@ -287,6 +305,18 @@ impl Runtime {
             kernel_drops: self.data.kernel_drops(),
             frames: self.data.frame_outcomes(),
             fast_path: self.data.fast_path().map(|fast| (fast.status(), fast.carried())),
+        }
+    }
+
+    /// For an operator.
+    fn overview(&self) -> Overview {
+        let lacking = self.data.in_use().lacking();
+        Overview {
+            snapshot: self.snapshot(),
+            clients: self.control.client_views(operator::MAX_CLIENTS),
+            relays: self.control.relay_views(),
+            own: *self.interface.wanted.borrow(),
+            missing: lacking.map(|(what, why)| (what.word().to_owned(), why.to_owned())).collect(),
         }
     }
 

@@ -131,6 +131,12 @@ impl InUse {
         self.missing.iter().find(|(missing, _)| *missing == capability).map(|(_, why)| &**why)
     }
 
+    /// What is allowed and not in use, and why.
+    pub fn lacking(&self) -> impl Iterator<Item = (Capability, &str)> {
+        let allowed = Capability::ALL.iter().filter(|capability| self.allowed.allow(**capability));
+        allowed.filter_map(|capability| Some((*capability, self.why(*capability)?)))
+    }
+
     /// One line: each capability, whether it is used, and why not.
     pub fn describe(&self) -> String {
         let mut line = String::new();

@@ -69,7 +69,7 @@ impl Readiness {
 
     /// The conditions for want of which no client could connect. A portal that was reached once need not be there: what it
     /// has granted goes on.
-    fn missing(&self) -> impl Iterator<Item = &'static str> {
+    pub fn missing(&self) -> impl Iterator<Item = &'static str> {
         let needed = [
             ("tun", self.tun.holds()),
             ("dns_listening", self.dns.listening.holds()),

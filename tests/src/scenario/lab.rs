@@ -358,8 +358,10 @@ pub fn launch(
         cx.gateway.display()
     );
     let rust_log = format!("{rust_log},{}", rest::DIRECTIVE);
+    let control = cx.logs.file("control.sock").display().to_string();
     let environment = [
         ("FIREZONE_TOKEN", token),
+        ("FIREZONE_CONTROL_SOCKET", &control),
         ("FIREZONE_API_URL", url),
         ("FIREZONE_ID", "bd7662a5-eeb4-4161-8e72-0d477abfcb22"),
         ("FIREZONE_NAME", GATEWAY_NAME),

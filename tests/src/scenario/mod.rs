@@ -23,6 +23,7 @@ mod links;
 mod metrics;
 pub(crate) mod names;
 mod network;
+mod operator;
 mod paths;
 mod pool;
 mod relays;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{
     Scenario, access, churn, crowd, dns, fast_faults, fast_floods, firewall, floods, flow_ends, flow_logs,
-    flow_spool, hostile_names, links, metrics, names, network, paths, relays, resources, script, start,
+    flow_spool, hostile_names, links, metrics, names, network, operator, paths, relays, resources, script, start,
     transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
@@ -195,6 +195,22 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("one of two resources revoked mid-transfer", direct::plan, 30, access::revoke_one).core(),
     scenario("the last resource revoked mid-transfer: goodbye", direct::plan, 30, access::revoke_last),
     scenario("an authorization expires", direct::plan, 30, access::expiry),
+    scenario(
+        "status tells the path and what it carries, direct",
+        direct::plan,
+        60,
+        operator::status_during_ping,
+    ),
+    scenario(
+        "status tells the path and what it carries, relayed",
+        relay_only::plan,
+        60,
+        operator::status_during_ping,
+    )
+    .once(),
+    scenario("why tells what packets meet", direct::plan, 60, operator::why).once(),
+    scenario("top, flows and bundle show a daemon that works", direct::plan, 90, operator::top_flows_bundle)
+        .once(),
     scenario("filters, and new ones", direct::plan, 30, access::filters),
     scenario(
         "two clients with overlapping resources",

@@ -37,10 +37,14 @@ pub fn unknown_options() -> Result<Vec<String>> {
     let readme = read("README.md")?;
     let flags = daemon_flags(&readme);
     ensure!(!flags.is_empty(), "README.md names no flag of the daemon");
-    let field = |flag: &str| format!("    pub {}:", flag.trim_start_matches('-').replace('-', "_"));
+    // Of the daemon, or of one of its commands.
+    let is_defined = |flag: &str| {
+        let field = flag.trim_start_matches('-').replace('-', "_");
+        cli.contains(&format!("    pub {field}:")) || cli.contains(&format!("        {field}:"))
+    };
     let flags = flags
         .into_iter()
-        .filter(|flag| *flag != "--help" && !cli.contains(&field(flag)))
+        .filter(|flag| *flag != "--help" && !is_defined(flag))
         .map(|flag| format!("README.md names {flag}, which gateway/src/cli.rs does not define"));
     let variables = variables(&readme)
         .into_iter()

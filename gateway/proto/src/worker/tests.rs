@@ -7,6 +7,7 @@ mod floods;
 mod flows;
 mod garbage;
 mod handovers;
+mod inquiries;
 mod model;
 mod moves;
 mod names;

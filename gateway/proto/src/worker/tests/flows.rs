@@ -43,7 +43,7 @@ pub fn clock(world: &World) -> Command {
     Command::WallClock(Meeting { unix: UnixTime(BEGIN), at: world.now })
 }
 
-fn counting(relayed: bool) -> World {
+pub fn counting(relayed: bool) -> World {
     let mut world = if relayed { World::relayed(&resources()) } else { World::connected(&resources()) };
     if relayed {
         world.handshake();
@@ -56,7 +56,7 @@ fn counting(relayed: bool) -> World {
 }
 
 /// TCP with these flags, 20 bytes of header.
-fn segment(src: (&str, u16), dst: (&str, u16), flags: u8, payload: usize) -> Vec<u8> {
+pub fn segment(src: (&str, u16), dst: (&str, u16), flags: u8, payload: usize) -> Vec<u8> {
     let mut packet = tcp(src.0, dst.0, (src.1, dst.1));
     let transport = if packet[0] >> 4 == 4 { 20 } else { 40 };
     let mut segment = packet.split_off(transport);
@@ -76,7 +76,7 @@ pub fn carried(report: &FlowReport) -> Option<[u64; 4]> {
 }
 
 #[track_caller]
-fn out(world: &mut World, packet: &[u8]) {
+pub fn out(world: &mut World, packet: &[u8]) {
     let before = world.sink.packets.len();
     world.outbound(packet);
     assert_eq!(world.sink.packets.len(), before + 1, "{:?}", world.worker.counters());
