@@ -351,7 +351,8 @@ mod tests {
         command.build();
         let mut text = command.render_long_help().to_string();
         for sub in command.get_subcommands_mut().filter(|sub| !sub.is_hide_set()) {
-            text.push_str(&format!("\n===== {} =====\n{}", sub.get_name(), sub.render_long_help()));
+            let help = sub.render_long_help();
+            text.push_str(&format!("\n===== {} =====\n{help}", sub.get_name()));
         }
         let text = text.lines().map(|line| line.trim_end().to_owned() + "\n").collect::<String>();
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/help.txt");
