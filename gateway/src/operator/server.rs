@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{self, ErrorKind},
+    io::{self, ErrorKind, Write as _},
     os::unix::{
         fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
         net::{UnixListener as StdListener, UnixStream as StdStream},
@@ -199,7 +199,9 @@ async fn linger(
 
 /// Best effort, at once: whoever may not ask does not make us wait.
 fn refuse(stream: UnixStream, refusal: Refusal) {
-    let _ = stream.try_write(protocol::line(Err(refusal)).as_bytes());
+    // Past tokio, which does not know yet that a new socket has room.
+    let _ =
+        stream.into_std().and_then(|mut stream| stream.write_all(protocol::line(Err(refusal)).as_bytes()));
 }
 
 /// Listens at `path`, in place of the socket of a daemon that was killed.

@@ -1,7 +1,9 @@
 //! Status, flows and verdicts as text for people. No colours, no width: it is for pipes as well.
 
-use std::fmt::Write as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    fmt::Write as _,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use super::{
     status::{Client, Flows, Granted, Relay, Status, Volume, Way},
@@ -22,10 +24,9 @@ pub fn status(status: &Status) -> String {
         "gateway: firezone-gateway {version} (as {compat_version}), pid {pid}, up {}",
         age(status.uptime_seconds)
     );
-    match status.ready {
-        true => line_ready(&mut text, "yes"),
-        false => line_ready(&mut text, &format!("no, for want of {}", status.missing.join(", "))),
-    }
+    let missing = status.missing.join(", ");
+    let ready = if status.ready { "yes".to_owned() } else { format!("no, for want of {missing}") };
+    line!(text, "  ready: {ready}");
     let away = portal.away_seconds.map_or_else(|| "connected".to_owned(), |s| format!("away for {}", age(s)));
     line!(text, "  portal: {away} ({} joins, {} failures)", portal.joins, portal.failures);
     let addresses =
@@ -78,10 +79,6 @@ pub fn status(status: &Status) -> String {
     text
 }
 
-fn line_ready(text: &mut String, ready: &str) {
-    line!(text, "  ready: {ready}");
-}
-
 fn show_relay(text: &mut String, relay: &Relay) {
     let at = relay.active.clone().unwrap_or_else(|| relay.addresses.join(", "));
     let rtt =
@@ -96,10 +93,8 @@ fn show_relay(text: &mut String, relay: &Relay) {
 fn show_client(text: &mut String, client: &Client) {
     line!(text, "\nclient: {}", client.id);
     line!(text, "  tunnel addresses: {}", client.tunnel.join(", "));
-    match &client.path {
-        Some(path) => line_path(text, path),
-        None => line_path_missing(text, &client.connection),
-    }
+    let path = client.path.as_ref().map_or_else(|| format!("none, {}", client.connection), way);
+    line!(text, "  path: {path}");
     let handshake = client.handshake_age_seconds.map(|age_seconds| format!("{} ago", age(age_seconds)));
     line!(text, "  latest handshake: {}", handshake.as_deref().unwrap_or("none that is still in use"));
     line!(
@@ -122,19 +117,15 @@ fn show_client(text: &mut String, client: &Client) {
     }
 }
 
-fn line_path(text: &mut String, path: &Way) {
+fn way(path: &Way) -> String {
     let Way { kind, ends, endpoint, local, relay, channel } = path;
     let through = match (local, relay, channel) {
-        (Some(local), ..) => format!("from {local}"),
-        (_, Some(relay), Some(channel)) => format!("through relay {relay}, channel {channel:#06x}"),
-        (_, Some(relay), None) => format!("through relay {relay}, channel not bound yet"),
+        (Some(local), ..) => format!(" from {local}"),
+        (_, Some(relay), Some(channel)) => format!(" through relay {relay}, channel {channel:#06x}"),
+        (_, Some(relay), None) => format!(" through relay {relay}, channel not bound yet"),
         _ => String::new(),
     };
-    line!(text, "  path: {kind} ({ends}), endpoint {endpoint} {through}");
-}
-
-fn line_path_missing(text: &mut String, connection: &str) {
-    line!(text, "  path: none, {connection}");
+    format!("{kind} ({ends}), endpoint {endpoint}{through}")
 }
 
 fn show_resource(text: &mut String, resource: &Granted) {

@@ -1,7 +1,12 @@
 //! What an operator hears of a worker (see [`inquiry`](crate::inquiry)). It changes nothing but a memo of the policy, and
 //! looks at no more than one question may.
 
-use std::{cmp::Reverse, collections::BinaryHeap, net::IpAddr, time::Instant};
+use std::{
+    cmp::{Ordering, Reverse},
+    collections::BinaryHeap,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use gateway_common::DropReason;
 
@@ -118,7 +123,7 @@ fn figures(peer: &Peer, flows_left: &mut usize, now: Instant) -> ClientFigures {
 struct ByAge(OpenFlow);
 
 impl ByAge {
-    fn key(&self) -> (std::time::Duration, std::time::Duration, Reverse<(ClientId, u16)>) {
+    fn key(&self) -> (Duration, Duration, Reverse<(ClientId, u16)>) {
         (self.0.age, self.0.quiet, Reverse((self.0.client, self.0.src.port())))
     }
 }
@@ -132,13 +137,13 @@ impl PartialEq for ByAge {
 impl Eq for ByAge {}
 
 impl PartialOrd for ByAge {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
 impl Ord for ByAge {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+    fn cmp(&self, other: &Self) -> Ordering {
         self.key().cmp(&other.key())
     }
 }
