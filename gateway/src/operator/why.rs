@@ -229,3 +229,95 @@ fn explain(reason: DropReason, near: &[Granted]) -> (String, String) {
     };
     (because, cure.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use gateway_proto::{
+        ClientId, ResourceId,
+        addr::TunnelAddrs,
+        inquiry::Let,
+        portal::messages::{Filter, Resource},
+    };
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn client() -> ClientView {
+        let kind = ResourceKind::Cidr {
+            name: "office".to_owned(),
+            network: "10.0.0.0/8".parse().unwrap(),
+            filters: vec![Filter::Tcp { first: 80, last: 80 }],
+        };
+        let resource = Resource { id: ResourceId(Uuid::from_u128(1)), kind };
+        ClientView {
+            id: ClientId(Uuid::from_u128(7)),
+            tunnel: TunnelAddrs {
+                v4: "100.64.0.7".parse().unwrap(),
+                v6: "fd00:2021:1111::7".parse().unwrap(),
+            },
+            worker: None,
+            has_connection: true,
+            kind: None,
+            path: None,
+            resources: vec![(resource, None)],
+            names: Vec::new(),
+        }
+    }
+
+    fn told(dst: &str, has_session: bool, outcome: Result<Let, DropReason>) -> Why {
+        let packet = Imagined {
+            src: "100.64.0.7".parse().unwrap(),
+            dst: dst.parse().unwrap(),
+            transport: Transport::Tcp { src: 22, dst: 22 },
+        };
+        let client = client();
+        let verdict = Verdict { client: client.id, is_outbound: true, has_session, domain: None, outcome };
+        tell(&packet, Some(verdict), &[client], Vec::new())
+    }
+
+    #[test]
+    fn words_name_the_resource_the_reason_and_the_cure() {
+        let by = |n| Ok(Let { by: Some(ResourceId(Uuid::from_u128(n))), real: None });
+        let real = Ok(Let { by: None, real: Some("10.1.1.1".parse().unwrap()) });
+        let table = [
+            ("10.0.0.1", by(1), "by resource office (cidr 10.0.0.0/8; permits tcp 80)", ""),
+            ("10.0.0.1", by(2), "taken back just now", ""),
+            ("100.96.0.1", real, "translated to 10.1.1.1", ""),
+            ("10.0.0.1", Err(DropReason::NotAllowed), "may reach office", "traffic restrictions"),
+            ("192.0.2.1", Err(DropReason::NotAllowed), "no resource", "Add a resource"),
+            ("100.64.0.1", Err(DropReason::OwnAddressPort), "own address", "--allow-own-ip"),
+            ("100.96.0.1", Err(DropReason::NoTranslation), "no address of this family", "AAAA"),
+            ("192.168.0.1", Err(DropReason::PrivateDestination), "Internet resource", "Add a resource"),
+        ];
+        for (dst, outcome, words, cure) in table {
+            let why = told(dst, true, outcome);
+            assert_eq!(why.verdict, if outcome.is_ok() { "permitted" } else { "dropped" });
+            assert_eq!(why.reason.as_deref(), outcome.err().map(DropReason::label));
+            assert!(why.words.contains(words) && why.words.contains("TCP to port 22"), "{why:?}");
+            assert!(why.cure.as_deref().unwrap_or_default().contains(cure), "{why:?}");
+            assert_eq!(why.cure.is_none(), outcome.is_ok(), "{why:?}");
+        }
+        let without = told("10.0.0.1", false, by(1));
+        assert!(without.cure.is_some_and(|cure| cure.contains("no session")));
+    }
+
+    /// What workers can say to `why` has words of its own; a bare label is for what they cannot.
+    #[test]
+    fn every_verdict_of_the_policy_has_a_cure_of_its_own() {
+        for reason in [
+            DropReason::NotAllowed,
+            DropReason::InboundNotAllowed,
+            DropReason::PrivateDestination,
+            DropReason::NoTranslation,
+            DropReason::TunnelDestination,
+            DropReason::TunnelSource,
+            DropReason::OwnAddressPort,
+            DropReason::Multicast,
+            DropReason::ForeignSource,
+            DropReason::UnsupportedProtocol,
+        ] {
+            assert!(!explain(reason, &[]).0.contains("counted as"), "{reason:?}");
+        }
+        assert!(explain(DropReason::DataForged, &[]).0.contains("data_forged"));
+    }
+}

@@ -175,7 +175,10 @@ pub(super) fn top_flows_bundle(cx: &mut Context) -> Result<()> {
     let drawn = std::thread::scope(|scope| -> Result<Outcome> {
         let client = &cx.topology.clients[0].namespace;
         let host = LAN_HOST.0.to_string();
-        let pinging = scope.spawn(move || ping_raw(client, &["-c", "80", "-i", "0.1", "-s", "1000", &host]));
+        let pinging = scope.spawn(move || {
+            let ping = ["ping", "-n", "-q", "-c", "80", "-i", "0.1", "-s", "1000", "-W", "2", &host];
+            run(client, 30 * SECOND, &ping)
+        });
         let drawn = run(namespace, 40 * SECOND, &top)?;
         let said = pinging.join().map_err(|_| anyhow::anyhow!("the ping panicked"))??;
         ensure!(said.status.success(), "{}", said.stdout);
