@@ -168,7 +168,7 @@ pub struct Cli {
     )]
     pub health_check_addr: SocketAddr,
 
-    /// Unix socket by which `status`, `why`, `flows`, `top` and `bundle` ask the gateway that runs.
+    /// Unix socket by which `status`, `why`, `flows`, `top`, `bundle` and `fast-path` ask the gateway that runs.
     #[arg(
         long,
         env = "FIREZONE_CONTROL_SOCKET",
@@ -243,9 +243,9 @@ pub enum Command {
         #[arg(short, long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
-    /// Switch the fast path of the gateway that runs.
+    /// Switch the fast path of the gateway that runs, without losing packets; says what is in use then, and why.
     FastPath {
-        /// Use it, do not, or where it pays.
+        /// Use it, do not, or again as --fast-path of that gateway says.
         #[arg(value_name = "MODE", value_parser = ["on", "off", "auto"])]
         mode: String,
     },

@@ -31,6 +31,7 @@ use crate::{
     condition::Condition,
     data::{
         Capability, Closed, DataPlane,
+        fast::FastPath,
         interface::{Families, Interface},
     },
     dns,
@@ -208,6 +209,9 @@ impl Runtime {
                 // A scrape that gave up is not waited for.
                 Wake::Scrape(reply) => drop(reply.send(Box::new(self.snapshot()))),
                 Wake::Operator(Ask::Overview(reply)) => drop(reply.send(Box::new(self.overview()))),
+                Wake::Operator(Ask::Switcher(reply)) => {
+                    drop(reply.send(self.data.fast_path().map(FastPath::switcher)))
+                }
                 Wake::Operator(Ask::Workers(question, reply)) => {
                     let command = self.inquiries.ask(question, reply);
                     self.data.send(command);
@@ -316,6 +320,7 @@ impl Runtime {
             clients: self.control.client_views(operator::MAX_CLIENTS),
             relays: self.control.relay_views(),
             own: *self.interface.wanted.borrow(),
+            fast_path: self.data.fast_path_status(),
             missing: lacking.map(|(what, why)| (what.word().to_owned(), why.to_owned())).collect(),
         }
     }

@@ -119,6 +119,8 @@ pub struct DataPlane {
     workers: Vec<WorkerThread>,
     told: Option<Told>,
     fast: Option<FastPath>,
+    /// Why there is none.
+    no_fast: String,
     /// Nothing brings datagrams to the owner of their client.
     by_arrival: bool,
     in_use: InUse,
@@ -167,7 +169,8 @@ impl DataPlane {
         let mut in_use = InUse::new(allowed);
         first.report(&mut in_use);
         tun.report(&mut in_use);
-        let kernel = start_kernel(fast_path, &sockets, &tuns, &mut in_use).map(Kernel::new);
+        let (kernel, no_fast) = start_kernel(fast_path, &sockets, &tuns, &mut in_use);
+        let kernel = kernel.map(Kernel::new);
         let port = |socket: &Option<udp::DataSocket>| socket.as_ref().map_or(0, udp::DataSocket::port);
         let ports = (port(&first.v4), port(&first.v6));
         tracing::info!(workers, "In use: {}", in_use.describe());
@@ -200,6 +203,7 @@ impl DataPlane {
             workers: threads,
             told: kernel.map(Told::new),
             fast,
+            no_fast,
             by_arrival: workers > 1 && !in_use.has(Capability::ReuseportSteering),
             in_use,
             watch,
@@ -291,6 +295,12 @@ impl DataPlane {
         self.fast.as_ref()
     }
 
+    /// How the fast path is, and why not better.
+    pub fn fast_path_status(&self) -> fast::Status {
+        let none = || fast::Status { outcome: self.no_fast.clone(), ..fast::Status::default() };
+        self.fast.as_ref().map_or_else(none, FastPath::status)
+    }
+
     /// Events of the workers that wait for [`DataPlane::recv`], and the most that ever did.
     pub fn events_waiting(&self) -> (usize, usize) {
         self.events.waiting()
@@ -332,13 +342,15 @@ impl DataPlane {
     }
 }
 
-/// What of us goes into the kernel, with what of it is attached to sockets and device.
+/// What of us goes into the kernel, with what of it is attached to sockets and device; and why there is no fast path, where
+/// there is none.
 fn start_kernel(
     fast_path: &fast::Config,
     sockets: &[Sockets],
     tuns: &[Tun],
     in_use: &mut InUse,
-) -> Option<bpf::Kernel> {
+) -> (Option<bpf::Kernel>, String) {
+    let mut no_fast = "off (--fast-path off)".to_owned();
     let whole = match fast_path.wanted {
         Wanted::Off => None,
         wanted => bpf::Kernel::whole(fast_path.clients, fast_path.bpffs.as_deref())
@@ -348,18 +360,19 @@ fn start_kernel(
             })
             // With what the verifier said, which is long.
             .inspect_err(|e| tracing::debug!("No fast path: {e:#}"))
+            .inspect_err(|e| no_fast = format!("off ({e})"))
             .ok(),
     };
     let wants_steering = sockets.len() > 1 && steering::BOTH.iter().any(|capability| in_use.has(*capability));
     if !wants_steering {
         steering::BOTH.iter().for_each(|capability| in_use.missing(*capability, "one worker"));
-        return whole;
+        return (whole, no_fast);
     }
     // Steering needs less: it may work where the fast path does not.
     let kernel = whole.map_or_else(bpf::Kernel::steering, Ok);
     let mut kernel = kernel.inspect_err(|e| tracing::debug!("No kernel programs: {e:#}"));
     steering::attach(kernel.as_mut().map_err(|e| &*e), sockets, tuns, in_use);
-    kernel.ok()
+    (kernel.ok(), no_fast)
 }
 
 /// What is left of a data plane.

@@ -17,7 +17,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::metrics::Snapshot;
+use crate::{data::fast, metrics::Snapshot};
 
 /// For how long the event loop or a worker may leave a question waiting. A worker that is busy for 2 s ends the process.
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -37,6 +37,8 @@ pub struct Overview {
     pub relays: Vec<RelayView>,
     /// The gateway's own addresses, once the portal said.
     pub own: Option<TunnelAddrs>,
+    /// The fast path.
+    pub fast_path: fast::Status,
     /// What each capability lacks that is allowed and not in use.
     pub missing: Vec<(String, String)>,
 }
@@ -48,6 +50,8 @@ pub enum Ask {
     Overview(oneshot::Sender<Box<Overview>>),
     /// What the workers know.
     Workers(Question, oneshot::Sender<Vec<Answer>>),
+    /// By what the fast path can be switched; `None` if there is none.
+    Switcher(oneshot::Sender<Option<fast::Switcher>>),
 }
 
 /// Where the event loop hears of questions.
@@ -79,6 +83,11 @@ impl Asker {
     /// What all workers say. `None` if one of them does not answer in time.
     pub async fn workers(&self, question: Question) -> Option<Vec<Answer>> {
         self.ask(|reply| Ask::Workers(question, reply)).await
+    }
+
+    /// By what the fast path can be switched, if there is one. `None` if the event loop does not answer in time.
+    pub async fn switcher(&self) -> Option<Option<fast::Switcher>> {
+        self.ask(Ask::Switcher).await
     }
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {

@@ -135,7 +135,8 @@ pub mod commands {
     /// # Errors
     /// As [`Client::ask`].
     pub fn fast_path(path: &Path, mode: &str) -> Result<()> {
-        Client::connect(path)?.ask("fast-path", json!({ "mode": mode })).map(|_| ())
+        let answer = Client::connect(path)?.ask("fast-path", json!({ "mode": mode }))?;
+        print(false, answer, |now: status::FastPath| format!("fast path: {}\n", now.words))
     }
 
     fn number_or_word(protocol: &str) -> Value {

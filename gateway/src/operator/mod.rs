@@ -1,4 +1,4 @@
-//! What an operator asks a running gateway: `status`, `why`, `flows`, `top`, `bundle`, by a Unix socket.
+//! What an operator asks a running gateway by a Unix socket: `status`, `why`, `flows`, `top`, `bundle`, `fast-path`.
 //!
 //! ```text
 //! firezone-gateway status --line of JSON--> server --Ask--> event loop: Overview
@@ -13,6 +13,7 @@
 mod ask;
 pub mod bundle;
 pub mod client;
+mod fast_path;
 pub mod manual;
 mod protocol;
 mod server;

@@ -36,7 +36,18 @@ pub enum Request {
         most: usize,
     },
     /// To switch the fast path.
-    FastPath,
+    FastPath(FastPathMode),
+}
+
+/// How the fast path is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FastPathMode {
+    /// In use, where it can be.
+    On,
+    /// Not in use.
+    Off,
+    /// As `--fast-path` says.
+    Auto,
 }
 
 /// The names of all requests.
@@ -193,10 +204,12 @@ fn flows(fields: &mut Map<String, Value>) -> Result<Request, Refusal> {
 }
 
 fn fast_path(fields: &mut Map<String, Value>) -> Result<Request, Refusal> {
-    match fields.remove("mode").as_ref().and_then(Value::as_str) {
-        Some("on" | "off" | "auto") => Ok(Request::FastPath),
-        _ => Err(bad("\"mode\" must be on, off or auto".to_owned())),
-    }
+    Ok(Request::FastPath(match fields.remove("mode").as_ref().and_then(Value::as_str) {
+        Some("on") => FastPathMode::On,
+        Some("off") => FastPathMode::Off,
+        Some("auto") => FastPathMode::Auto,
+        _ => return Err(bad("\"mode\" must be on, off or auto".to_owned())),
+    }))
 }
 
 /// The line of an answer, with its end.
@@ -246,7 +259,18 @@ mod tests {
                 r#"{"version":1,"request":"why","src":"1.1.1.1","dst":"2.2.2.2","protocol":47}"#.to_owned(),
                 why("1.1.1.1", "2.2.2.2", Transport::Other(47)),
             ),
-            (r#"{"version":1,"request":"fast-path","mode":"auto"}"#.to_owned(), Request::FastPath),
+            (
+                r#"{"version":1,"request":"fast-path","mode":"on"}"#.to_owned(),
+                Request::FastPath(FastPathMode::On),
+            ),
+            (
+                r#"{"version":1,"request":"fast-path","mode":"off"}"#.to_owned(),
+                Request::FastPath(FastPathMode::Off),
+            ),
+            (
+                r#"{"version":1,"request":"fast-path","mode":"auto"}"#.to_owned(),
+                Request::FastPath(FastPathMode::Auto),
+            ),
         ];
         for (line, expect) in table {
             assert_eq!(parse(line.as_bytes()), Ok(expect), "{line}");
@@ -298,6 +322,16 @@ mod tests {
             (r#"{"version":1,"request":"flows","limit":501}"#.to_owned(), "bad_argument", "from 1 to 500"),
             (r#"{"version":1,"request":"flows","limit":-1}"#.to_owned(), "bad_argument", "from 1 to 500"),
             (r#"{"version":1,"request":"fast-path"}"#.to_owned(), "bad_argument", "on, off or auto"),
+            (
+                r#"{"version":1,"request":"fast-path","mode":true}"#.to_owned(),
+                "bad_argument",
+                "on, off or auto",
+            ),
+            (
+                r#"{"version":1,"request":"fast-path","mode":"ON"}"#.to_owned(),
+                "bad_argument",
+                "on, off or auto",
+            ),
         ];
         for (line, code, cure) in table {
             let refusal = parse(line.as_bytes()).expect_err(&line);

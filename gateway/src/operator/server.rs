@@ -23,6 +23,7 @@ use tokio::{
 
 use super::{
     ask::Asker,
+    fast_path,
     protocol::{self, MAX_REQUEST, Refusal, Request},
     status, why,
 };
@@ -168,15 +169,13 @@ impl Server {
                 let page = self.exporter.page(Format::Classic).await.ok_or_else(silent)?;
                 Ok(json!({ "page": String::from_utf8_lossy(&page) }))
             }
-            Request::FastPath => Err(Refusal::new(
-                "no_fast_path",
-                "This build has no fast path to switch; packets take the kernel's sockets",
-            )),
+            Request::FastPath(mode) => fast_path::switch(&self.asker, mode).await,
         }
     }
 }
 
-fn silent() -> Refusal {
+/// The event loop or a worker does not answer.
+pub(super) fn silent() -> Refusal {
     Refusal::new(
         "busy",
         "The gateway does not answer in time; it may be overloaded: look at its log and its processors",

@@ -50,7 +50,7 @@ pub fn status(status: &Status) -> String {
     for (word, why) in &status.capabilities_missing {
         line!(text, "    without {word}: {why}");
     }
-    line!(text, "  fast path: {}", status.fast_path);
+    line!(text, "  fast path: {}", status.fast_path.words);
     let drops: Vec<_> = status.drops.iter().map(|(reason, packets)| format!("{reason} {packets}")).collect();
     line!(text, "  dropped: {}", if drops.is_empty() { "nothing".to_owned() } else { drops.join(", ") });
     for worker in &status.workers {

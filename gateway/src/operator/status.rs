@@ -22,7 +22,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::ask::{Asker, MAX_CLIENTS, Overview};
-use crate::{data::TUN_NAME, dns::Count, portal::COMPAT_VERSION};
+use crate::{
+    data::{TUN_NAME, fast},
+    dns::Count,
+    portal::COMPAT_VERSION,
+};
 
 /// How a gateway is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,8 +53,8 @@ pub struct Status {
     pub capabilities: BTreeMap<String, bool>,
     /// Why some are not.
     pub capabilities_missing: BTreeMap<String, String>,
-    /// The mode of the fast path.
-    pub fast_path: String,
+    /// The fast path.
+    pub fast_path: FastPath,
     /// Dropped packets by reason, those that there were.
     pub drops: BTreeMap<String, u64>,
     /// Each worker.
@@ -98,6 +102,30 @@ pub struct Dns {
     pub answered: u64,
     /// No nameserver had one.
     pub failed: u64,
+}
+
+/// The fast path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FastPath {
+    /// Frames are decided about.
+    pub on: bool,
+    /// The interface that it has, whether or not it is switched off.
+    pub interface: Option<String>,
+    /// How it has it: generic, native or zerocopy.
+    pub mode: Option<String>,
+    /// For people: what is in use and why not more.
+    pub words: String,
+}
+
+impl From<&fast::Status> for FastPath {
+    fn from(status: &fast::Status) -> Self {
+        Self {
+            on: status.on,
+            interface: status.interface.clone(),
+            mode: status.mode.map(|mode| mode.label().to_owned()),
+            words: status.to_string(),
+        }
+    }
 }
 
 /// One worker.
@@ -305,7 +333,10 @@ fn assemble(overview: &Overview, figures: Vec<ClientFigures>) -> Status {
     let mut relays: Vec<_> = overview.relays.iter().collect();
     relays.sort_unstable_by_key(|relay| relay.id);
     let mut drops = BTreeMap::new();
-    for (reason, packets) in snapshot.worker_drops.iter().chain(snapshot.control_drops.iter()) {
+    for (reason, packets) in [&snapshot.worker_drops, &snapshot.control_drops, &snapshot.kernel_drops]
+        .iter()
+        .flat_map(|drops| drops.iter())
+    {
         if packets > 0 {
             *drops.entry(reason.label().to_owned()).or_default() += packets;
         }
@@ -340,7 +371,7 @@ fn assemble(overview: &Overview, figures: Vec<ClientFigures>) -> Status {
             .map(|(capability, in_use)| (capability.word().to_owned(), *in_use))
             .collect(),
         capabilities_missing: overview.missing.iter().cloned().collect(),
-        fast_path: "none in this build".to_owned(),
+        fast_path: FastPath::from(&overview.fast_path),
         drops,
         workers: snapshot.workers.iter().zip(&snapshot.clients_by_worker).map(worker).collect(),
         relays: relays.into_iter().map(Relay::from).collect(),
@@ -460,8 +491,8 @@ impl From<&Resource> for Granted {
 }
 
 fn filter(filter: &Filter) -> String {
-    let ports = |name, first: u16, last: u16| match (first, last) {
-        (0 | 1, u16::MAX) => format!("{name}"),
+    let ports = |name: &str, first: u16, last: u16| match (first, last) {
+        (0 | 1, u16::MAX) => name.to_owned(),
         _ if first == last => format!("{name} {first}"),
         _ if first > last => format!("{name} no port"),
         _ => format!("{name} {first}-{last}"),

@@ -15,6 +15,7 @@ use tokio::{
 
 use super::{ask::Overview, *};
 use crate::{
+    data::fast,
     health::Readiness,
     metrics::{self, Snapshot},
 };
@@ -38,7 +39,10 @@ fn overview() -> Box<Overview> {
         dns: Arc::clone(&dns),
         readiness: Arc::new(Readiness::new(dns)),
         capabilities: Vec::new(),
-        not_steered: Default::default(),
+        left_out: Vec::new(),
+        kernel_drops: Default::default(),
+        frames: None,
+        fast_path: None,
     };
     let own = TunnelAddrs { v4: "100.64.0.1".parse().unwrap(), v6: "fd00:2021:1111::1".parse().unwrap() };
     Box::new(Overview {
@@ -46,6 +50,7 @@ fn overview() -> Box<Overview> {
         clients: Vec::new(),
         relays: Vec::new(),
         own: Some(own),
+        fast_path: fast::Status { outcome: "off (--fast-path off)".to_owned(), ..fast::Status::default() },
         missing: Vec::new(),
     })
 }
@@ -60,6 +65,7 @@ async fn start() -> (tempfile::TempDir, PathBuf) {
             match ask {
                 Ask::Overview(reply) => drop(reply.send(overview())),
                 Ask::Workers(_, reply) => drop(reply.send(Vec::new())),
+                Ask::Switcher(reply) => drop(reply.send(None)),
             }
         }
     });
@@ -88,8 +94,11 @@ async fn good_bad_and_hostile_requests_get_one_answer_each() {
     let (_folder, path) = start().await;
     let long = [&[b' '; 70_000][..], b"\n"].concat();
     let deep = ["[".repeat(60_000).as_bytes(), b"\n"].concat();
-    let table: [(&[u8], &str, &str); 8] = [
-        (b"{\"version\":1,\"request\":\"status\"}\n", "/ok/fast_path", "none in this build"),
+    let table: [(&[u8], &str, &str); 11] = [
+        (b"{\"version\":1,\"request\":\"status\"}\n", "/ok/fast_path/words", "off (--fast-path off)"),
+        (b"{\"version\":1,\"request\":\"fast-path\",\"mode\":\"off\"}\n", "/ok/on", "false"),
+        (b"{\"version\":1,\"request\":\"fast-path\",\"mode\":\"auto\"}\n", "/ok/on", "false"),
+        (b"{\"version\":1,\"request\":\"reboot\"}\n", "/error/code", "unknown_request"),
         (b"{\"version\":1,\"request\":\"flows\"}\n", "/ok/counted", "false"),
         (b"{\"version\":1,\"request\":\"fast-path\",\"mode\":\"on\"}\n", "/error/code", "no_fast_path"),
         (b"GET / HTTP/1.1\r\n\r\n", "/error/code", "not_json"),
@@ -169,6 +178,9 @@ async fn the_commands_say_in_one_sentence_what_is_wrong() {
     {
         assert!(status.contains(expect), "{expect}: {status}");
     }
-    assert!(refused.contains("no fast path to switch"), "{refused}");
+    assert!(
+        refused.contains("no fast path to switch on") && refused.contains("--fast-path auto"),
+        "{refused}"
+    );
     assert!(nobody.contains("No gateway listens") && nobody.contains("--control-socket"), "{nobody}");
 }

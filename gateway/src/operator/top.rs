@@ -22,7 +22,7 @@ use serde_json::Value;
 use super::{
     client::Client as Connection,
     show::{age, bytes},
-    status::{Client, Status, Volume},
+    status::{Client, FastPath, Status, Volume},
 };
 
 /// Between two looks.
@@ -231,7 +231,7 @@ impl View {
                 status.relays.iter().filter(|relay| relay.active.is_some()).count(),
                 per_second(total[0]),
                 per_second(total[1]),
-                status.fast_path
+                fast_path(&status.fast_path)
             )));
         }
         let (text, style) = match &self.trouble {
@@ -298,6 +298,15 @@ fn heading() -> Style {
 #[expect(clippy::cast_precision_loss, reason = "it is shown with three digits")]
 fn rate(before: u64, now: u64, seconds: f64) -> f64 {
     now.saturating_sub(before) as f64 / seconds
+}
+
+/// Short enough for one line of 80 characters.
+fn fast_path(now: &FastPath) -> String {
+    match &now.mode {
+        Some(mode) if now.on => mode.clone(),
+        Some(_) => "switched off".to_owned(),
+        None => "off".to_owned(),
+    }
 }
 
 #[expect(
@@ -420,7 +429,7 @@ mod tests {
             "missing": [], "portal": { "connected": true, "away_seconds": null, "joins": 1, "failures": 0 },
             "tun": { "name": "tun-firezone", "up": true, "addresses": [] },
             "dns": { "listening": true, "queries": 0, "answered": 0, "failed": 0 },
-            "capabilities": {}, "capabilities_missing": {}, "fast_path": "none in this build",
+            "capabilities": {}, "capabilities_missing": {}, "fast_path": { "on": false, "interface": null, "mode": null, "words": "off (--fast-path off)" },
             "drops": { "not_allowed": step * 7 },
             "workers": [{ "id": 0, "busy_share": 0.95, "clients": 2, "outbound": volume(step * 3000),
                           "inbound": volume(0), "handed_over": 0, "handover_bytes_waiting": 0,

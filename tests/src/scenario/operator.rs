@@ -1,7 +1,7 @@
 //! What the control socket tells of a daemon that works: `status`, `why`, `flows`, `top`, `bundle`, against what really
 //! happened.
 
-use std::{os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::PathBuf, thread::ScopedJoinHandle, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
@@ -9,12 +9,14 @@ use serde_json::Value;
 
 use super::{
     Context,
+    fast_path::{self, Proof},
     lab::{Lab, Launch, Options, curl, lan4, lan6, launch, ping_both, ping_raw},
     rest,
 };
 use crate::{
     net::{
         process::{Outcome, run, wait_for},
+        services::checksum,
         topology::LAN_HOST,
     },
     standins::{
@@ -86,7 +88,13 @@ pub(super) fn status_during_ping(cx: &mut Context) -> Result<()> {
         before["ready"] == true && before["portal"]["connected"] == true && before["tun"]["up"] == true,
         "{before}"
     );
-    ensure!(before["dns"]["listening"] == true && before["fast_path"] == "none in this build", "{before}");
+    ensure!(before["dns"]["listening"] == true, "{before}");
+    let fast = &before["fast_path"];
+    ensure!(
+        fast["on"] == cx.variation.is_fast() && fast["mode"].is_string() == (fast["on"] == true),
+        "{fast}"
+    );
+    ensure!(fast["words"].as_str().is_some_and(|words| words.starts_with("o")), "{fast}");
 
     // Ten echoes of 84 bytes, each way; the client's kernel may say a little more on its own.
     let said =
@@ -120,6 +128,7 @@ pub(super) fn status_during_ping(cx: &mut Context) -> Result<()> {
 
 /// Permitted, filtered, unknown; and what a packet really meets is the same.
 pub(super) fn why(cx: &mut Context) -> Result<()> {
+    "off".clone_into(&mut cx.variation.fast_path);
     let only = lan4().with_filters([Filter::tcp(80, 80)]);
     let options = Options { resources: vec![only.clone(), lan6()], ..Options::default() };
     let mut lab = Lab::start(cx, &options)?;
@@ -150,12 +159,75 @@ pub(super) fn why(cx: &mut Context) -> Result<()> {
     for (arguments, words) in [
         (&["why", &tunnel, &host, "tcp"][..], "needs a \"port\""),
         (&["why", &tunnel, "::1", "icmp"], "of one family"),
-        (&["fast-path", "on"], "no fast path to switch"),
+        (&["fast-path", "on"], "start the gateway with --fast-path auto"),
         (&["flows", "--client", "bob"], "client's id"),
     ] {
         let said = ask(cx, arguments)?;
         ensure!(!said.status.success() && said.stderr.contains(words), "{arguments:?}: {}", said.stderr);
     }
+    lab.finish()
+}
+
+/// Switched off and on, again and again, while 100 MB come down and 100 MB go up: nothing is lost or comes twice, and the
+/// kernel's own counters say that it was really off and on.
+pub(super) fn fast_path_switched(cx: &mut Context) -> Result<()> {
+    "native".clone_into(&mut cx.variation.fast_path);
+    fast_path::prepare(&cx.topology)?;
+    let mut lab = Lab::start(cx, &Options::default())?;
+    lab.connect(0, &[lan4(), lan6()])?;
+    let proof = Proof::of(&cx.topology);
+    wait_for("a fast path that is on", 10 * SECOND, || {
+        Ok((status(cx)?["fast_path"]["on"] == true).then_some(()))
+    })?;
+
+    let client = &cx.topology.clients[0].namespace;
+    let (down, source) = (cx.logs.file("down"), cx.big.path.display().to_string());
+    let (target, get, put) = (
+        down.display().to_string(),
+        format!("http://{}/big", LAN_HOST.0),
+        format!("http://[{}]/put/up", LAN_HOST.1),
+    );
+    // So slow that it lasts for some switches.
+    let transfer = |arguments: &[&str]| {
+        let curl = [&["curl", "-sS", "-f", "--limit-rate", "12M"], arguments].concat();
+        run(client, 60 * SECOND, &curl)?.success()
+    };
+    let (mut switches, mut fast_frames) = (0, 0);
+    std::thread::scope(|scope| -> Result<()> {
+        let transfers = [
+            scope.spawn(|| transfer(&["-o", &target, &get])),
+            scope.spawn(|| transfer(&["-T", &source, &put])),
+        ];
+        while !transfers.iter().any(ScopedJoinHandle::is_finished) {
+            let said = ask(cx, &["fast-path", "off"])?.success()?;
+            ensure!(said.contains("switched off, eth0: native"), "{said}");
+            let before = proof.redirected()?;
+            std::thread::sleep(SECOND / 5);
+            let frames = proof.redirected()? - before;
+            ensure!(frames == 0, "{frames} frames took the fast path while it was off");
+            let mode = if switches % 4 == 0 { "auto" } else { "on" };
+            let said = ask(cx, &["fast-path", mode])?.success()?;
+            ensure!(said.contains("on, eth0: native"), "{said}");
+            let before = proof.redirected()?;
+            std::thread::sleep(SECOND / 5);
+            fast_frames += proof.redirected()? - before;
+            switches += 2;
+        }
+        for transfer in transfers {
+            transfer.join().map_err(|_| anyhow::anyhow!("a transfer panicked"))??;
+        }
+        Ok(())
+    })?;
+    ensure!(switches >= 8, "{switches} switches during the transfers");
+    // Of 12 MB/s each way come 10 000 frames a second, more or less.
+    ensure!(fast_frames > 1000, "{fast_frames} frames took the fast path while it was on");
+    ensure!(checksum(&down)? == cx.big.sha256, "what came down is not what is there");
+    ensure!(lab.lan.uploaded("up")? == cx.big.sha256, "what came up is not what was sent");
+    std::fs::remove_file(down)?;
+    let after = status(cx)?;
+    ensure!(after["fast_path"]["on"] == true && after["fast_path"]["mode"] == "native", "{after}");
+    // None came twice, and none so late that it could not be told from one that did.
+    ensure!(after["drops"]["data_replayed"].is_null(), "{}", after["drops"]);
     lab.finish()
 }
 

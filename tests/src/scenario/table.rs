@@ -211,6 +211,14 @@ pub static SCENARIOS: &[Scenario] = &[
     scenario("why tells what packets meet", direct::plan, 60, operator::why).once(),
     scenario("top, flows and bundle show a daemon that works", direct::plan, 90, operator::top_flows_bundle)
         .once(),
+    scenario(
+        "fast path: switched off and on while 100 MB pass each way",
+        direct::plan,
+        90,
+        operator::fast_path_switched,
+    )
+    .once()
+    .alone(),
     scenario("filters, and new ones", direct::plan, 30, access::filters),
     scenario(
         "two clients with overlapping resources",

@@ -335,6 +335,9 @@ impl Manager {
 
     /// What the operator says.
     async fn switch(&mut self, on: bool) -> Result<bool> {
+        if self.switched_on != on {
+            tracing::info!("Fast path: the operator switches it {}", if on { "on" } else { "off" });
+        }
         self.switched_on = on;
         if on { self.turn_on().await } else { self.turn_off().map(|()| false) }
     }

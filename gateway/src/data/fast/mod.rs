@@ -70,6 +70,7 @@ impl fmt::Display for Status {
     }
 }
 
+#[derive(Debug)]
 enum Order {
     Relays(Command),
     Switch(bool, oneshot::Sender<Result<bool>>),
@@ -126,17 +127,9 @@ impl FastPath {
         }
     }
 
-    /// Switches it on or off while packets pass; none is lost or late (`xsk/order.rs`). The program stays attached. Returns
-    /// what it is then: it cannot be on where there is no interface for it, or with a map that is full.
-    ///
-    /// # Errors
-    /// If the workers or the kernel do not follow; it is off then.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the control socket will order it"))]
-    pub async fn switch(&self, on: bool) -> Result<bool> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || anyhow!("the fast path's task has ended");
-        self.orders.send(Order::Switch(on, reply)).map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+    /// What switches it, for somebody who may wait.
+    pub fn switcher(&self) -> Switcher {
+        Switcher(self.orders.clone())
     }
 
     /// How it is now.
@@ -179,6 +172,24 @@ impl FastPath {
         if self.orders.send(Order::Close(reply)).is_ok() {
             let _late = tokio::time::timeout(CLOSE_LIMIT, closed).await;
         }
+    }
+}
+
+/// Switches the fast path.
+#[derive(Debug, Clone)]
+pub struct Switcher(mpsc::UnboundedSender<Order>);
+
+impl Switcher {
+    /// Switches it on or off while packets pass; none is lost or late (`xsk/order.rs`). The program stays attached. Returns
+    /// what it is then: it cannot be on where there is no interface for it, or with a map that is full.
+    ///
+    /// # Errors
+    /// If the workers or the kernel do not follow; it is off then.
+    pub async fn switch(&self, on: bool) -> Result<bool> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || anyhow!("the fast path's task has ended");
+        self.0.send(Order::Switch(on, reply)).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
     }
 }
 

@@ -177,12 +177,12 @@ fn fast_path_attaches_carries_is_switched_and_leaves_nothing() {
             assert!(of(Outcome::Redirected) >= received && of(Outcome::NoSocket) == 0, "{outcomes:?}");
 
             let fast = a.data.fast_path().unwrap();
-            assert!(!fast.switch(false).await.unwrap());
+            assert!(!fast.switcher().switch(false).await.unwrap());
             assert!(shows_xdp(), "the program stays");
             // What was on its way.
             tokio::time::sleep(Duration::from_millis(50)).await;
             assert_eq!(carry(&bed, &a).await, (0, 0), "it is off");
-            assert!(fast.switch(true).await.unwrap());
+            assert!(fast.switcher().switch(true).await.unwrap());
             let (received, sent) = carry(&bed, &a).await;
             assert!(received > 1000 && sent > 1000, "on again: {received} received, {sent} sent");
             a.close().await;
@@ -248,7 +248,7 @@ fn fast_path_is_switched_while_packets_pass_and_none_is_lost_or_late() {
                     assert!(Instant::now() < deadline, "round {round}: nothing is carried");
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                assert_eq!(fast.switch(round % 2 == 1).await.unwrap(), round % 2 == 1);
+                assert_eq!(fast.switcher().switch(round % 2 == 1).await.unwrap(), round % 2 == 1);
             }
             let Arrived { sent, count, latest } = stream.finish().await;
             println!("{workers} workers: {count} of {sent} datagrams, the latest {latest} behind the newest");
@@ -291,7 +291,10 @@ fn fast_path_looks_again_when_the_interface_changes() {
         // The interface goes; the sockets carry on, and nothing ends.
         ip("link del veth-a");
         a.until("left by a device that is gone", |status| status.interface.is_none()).await;
-        assert!(!a.data.fast_path().unwrap().switch(true).await.unwrap(), "there is none to switch on");
+        assert!(
+            !a.data.fast_path().unwrap().switcher().switch(true).await.unwrap(),
+            "there is none to switch on"
+        );
         a.close().await;
         bed.enter_b();
         b.close().await;
@@ -308,7 +311,7 @@ fn fast_path_of_another_program_is_respected_until_it_goes() {
         let other = Redirect::attach(bed.interface, Attach::Native).unwrap();
         let a = Side::start(1, 1, &NATIVE, Dress::Data, PAIR).await;
         a.until("refused", |status| status.outcome.contains("another XDP program (id ")).await;
-        assert!(!a.data.fast_path().unwrap().switch(true).await.unwrap());
+        assert!(!a.data.fast_path().unwrap().switcher().switch(true).await.unwrap());
         assert!(shows_xdp(), "it is still there");
         drop(other);
         // Something happens, so that it is looked at.

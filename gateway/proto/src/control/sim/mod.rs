@@ -397,6 +397,7 @@ impl World {
                 Command::OwnAddrs(_)
                 | Command::Accounting { .. }
                 | Command::WallClock(_)
+                | Command::Inquire(_)
                 | Command::Shutdown => {}
             }
         }

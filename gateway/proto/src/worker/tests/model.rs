@@ -459,6 +459,7 @@ impl Model {
             WorkerEvent::Expired { .. } => panic!("seed {}: a session that nobody left has ended", self.seed),
             WorkerEvent::Assigned { .. } => panic!("seed {}: nobody has assigned anything", self.seed),
             WorkerEvent::Activity { .. } | WorkerEvent::ChannelsUsed(_) | WorkerEvent::Denied(_) => {}
+            WorkerEvent::Replied(_) => panic!("seed {}: nobody has asked anything", self.seed),
             WorkerEvent::Flow(report) => {
                 let flow = (report.client, report.id);
                 match report.end {
