@@ -4,6 +4,7 @@
 //! processes die with that thread. After each scenario nothing may be left.
 
 mod access;
+mod capture;
 mod checksums;
 mod churn;
 pub mod client;

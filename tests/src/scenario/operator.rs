@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::{
     Context,
+    capture::shown_in_readme,
     fast_path::{self, Proof},
     lab::{Lab, Launch, Options, curl, lan4, lan6, launch, ping_both, ping_raw},
     rest,
@@ -28,8 +29,6 @@ use crate::{
 const SECOND: Duration = Duration::from_secs(1);
 /// Debian's.
 const PYTHON: &str = "/usr/bin/python3";
-/// Where the captures for the README go, if somebody wants them.
-const CAPTURE: &str = "GATEWAY_TESTS_CAPTURE";
 
 /// Runs `firezone-gateway` with these arguments against the daemon of the scenario.
 fn ask(cx: &Context, arguments: &[&str]) -> Result<Outcome> {
@@ -44,13 +43,6 @@ fn socket(cx: &Context) -> PathBuf {
 
 fn status(cx: &Context) -> Result<Value> {
     Ok(serde_json::from_str(&ask(cx, &["status", "--json"])?.success()?)?)
-}
-
-fn capture(name: &str, text: &str) -> Result<()> {
-    if let Some(folder) = std::env::var_os(CAPTURE) {
-        std::fs::write(PathBuf::from(folder).join(name), text)?;
-    }
-    Ok(())
 }
 
 /// Path, endpoints, volumes, handshake, resources and relays are those of the connection that the client has.
@@ -114,7 +106,9 @@ pub(super) fn status_during_ping(cx: &mut Context) -> Result<()> {
     {
         ensure!(text.contains(expect), "no {expect:?} in {text}");
     }
-    capture(&format!("status-{kind}.txt"), &text)?;
+    if kind == "direct" {
+        shown_in_readme("firezone-gateway status", &text)?;
+    }
     let mode = std::fs::metadata(socket(cx))?.permissions().mode() & 0o777;
     ensure!(mode == 0o600, "the socket has mode {mode:o}");
     let program = cx.gateway.display().to_string();
@@ -260,7 +254,7 @@ pub(super) fn top_flows_bundle(cx: &mut Context) -> Result<()> {
     ensure!(drawn["status"] == 0, "top did not end in order on q: {drawn}");
     let lines = drawn["screen"].as_array().context("no screen")?;
     let screen = lines.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("\n");
-    capture("top.txt", &screen)?;
+    shown_in_readme("firezone-gateway top", &screen)?;
     for expect in [&id[..12], "direct", "KiB/s", "WORKER", "q quit", "ready, portal connected"] {
         ensure!(screen.contains(expect), "no {expect:?} on the screen:\n{screen}");
     }
