@@ -18,7 +18,7 @@ pub(super) fn shown_in_readme(name: &str, text: &str) -> Result<()> {
     let (before, shown, after) =
         section(&readme, name).with_context(|| format!("README.md has no place for `{name}`"))?;
     if std::env::var_os("GATEWAY_TESTS_CAPTURE").is_some() {
-        let text = text.trim_end();
+        let text = without_gaps(text.trim_end());
         return Ok(std::fs::write(README, format!("{before}```text\n{text}\n```\n{after}"))?);
     }
     let (ours, theirs) = (labels(text), labels(shown));
@@ -30,6 +30,13 @@ pub(super) fn shown_in_readme(name: &str, text: &str) -> Result<()> {
     Ok(())
 }
 
+/// One empty line is enough, also of a screen.
+fn without_gaps(text: &str) -> String {
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.dedup_by(|a, b| a.is_empty() && b.is_empty());
+    lines.join("\n")
+}
+
 /// Before, inside and after the markers.
 fn section<'a>(readme: &'a str, name: &str) -> Option<(&'a str, &'a str, &'a str)> {
     let begin = format!("<!-- written by the scenario of `{name}`: begin -->\n");
@@ -39,11 +46,13 @@ fn section<'a>(readme: &'a str, name: &str) -> Option<(&'a str, &'a str, &'a str
     Some((&readme[..at], &readme[at..to], &readme[to..]))
 }
 
-/// Without numbers and without what depends on the kernel.
+/// Without numbers, what depends on the kernel, and rows of tables: their ids are cut by a tilde.
 fn labels(text: &str) -> BTreeSet<String> {
     let lines = text.lines().filter_map(|line| line.split_once(':'));
     let labels = lines.map(|(label, _)| label.trim().replace(|c: char| c.is_ascii_digit(), ""));
-    labels.filter(|label| !label.starts_with("without ") && label.len() < 40).collect()
+    labels
+        .filter(|label| !label.starts_with("without ") && !label.contains('~') && label.len() < 40)
+        .collect()
 }
 
 #[cfg(test)]
@@ -60,8 +69,13 @@ mod tests {
 
     #[test]
     fn labels_are_the_words_before_colons() {
-        let text = "gateway: a\n  worker 0: b\n  worker 1: c\n    without tun-uso: d\nno label\n";
+        let text = "gateway: a\n  worker 0: b\n  worker 1: c\n    without tun-uso: d\nno label\nab12~ direct [::1]:1\n";
         assert_eq!(labels(text), BTreeSet::from(["gateway".to_owned(), "worker ".to_owned()]));
+    }
+
+    #[test]
+    fn gaps_are_one_line() {
+        assert_eq!(without_gaps("a\n\n\n\nb\nb\n\nc"), "a\n\nb\nb\n\nc");
     }
 
     #[test]
