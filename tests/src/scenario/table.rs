@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::{
     Scenario, access, churn, crowd, dns, fast_faults, fast_floods, firewall, floods, flow_ends, flow_logs,
-    flow_spool, hostile_names, links, metrics, names, network, operator, paths, relays, resources, script, start,
-    transfers, translation, trouble,
+    flow_spool, hostile_names, links, metrics, names, network, operator, paths, relays, resources, script,
+    start, transfers, translation, trouble,
 };
 use crate::net::topology::{Plan, direct, dual_stack, nat, relay_only, symmetric_nat, two_relays};
 
