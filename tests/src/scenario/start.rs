@@ -89,6 +89,8 @@ fn for_everybody(cx: &mut Context) -> Result<()> {
         .with_context(|| format!("{} cannot be copied", cx.gateway.display()))?;
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755))?;
     cx.gateway = copy;
+    // Where its control socket will be.
+    std::fs::set_permissions(cx.logs.directory(), std::fs::Permissions::from_mode(0o777))?;
     Ok(())
 }
 
