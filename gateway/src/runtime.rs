@@ -39,7 +39,7 @@ use crate::{
     health::Readiness,
     logging::REST,
     metrics::{Asks, Snapshot},
-    operator::{self, Ask, Inquiries, Overview},
+    operator::{self, Ask, FastPathNow, Inquiries, Known, Overview},
     portal,
 };
 
@@ -209,8 +209,13 @@ impl Runtime {
                 // A scrape that gave up is not waited for.
                 Wake::Scrape(reply) => drop(reply.send(Box::new(self.snapshot()))),
                 Wake::Operator(Ask::Overview(reply)) => drop(reply.send(Box::new(self.overview()))),
-                Wake::Operator(Ask::Switcher(reply)) => {
-                    drop(reply.send(self.data.fast_path().map(FastPath::switcher)))
+                Wake::Operator(Ask::Client(id, reply)) => {
+                    let client = id.and_then(|id| self.control.client_view(id));
+                    drop(reply.send(Known { client, own: *self.interface.wanted.borrow() }))
+                }
+                Wake::Operator(Ask::FastPath(reply)) => {
+                    let switcher = self.data.fast_path().map(FastPath::switcher);
+                    drop(reply.send(FastPathNow { status: self.data.fast_path_status(), switcher }))
                 }
                 Wake::Operator(Ask::Workers(question, reply)) => {
                     let command = self.inquiries.ask(question, reply);

@@ -74,6 +74,17 @@ pub enum FlowProtocol {
     Udp,
 }
 
+impl FlowProtocol {
+    /// `tcp` or `udp`, as records and commands say.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
 /// A flow that began, or one that ended. `src` is the client's side.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FlowReport {

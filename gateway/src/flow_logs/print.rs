@@ -19,7 +19,7 @@ pub fn flow(report: &FlowReport) {
             let optional = &claims.optional;
             tracing::trace!(
                 target: TARGET,
-                protocol = record::protocol(report.protocol),
+                protocol = report.protocol.label(),
                 role = "responder",
                 initiator_device_id = claims.initiator_device_id,
                 responder_device_id = claims.responder_device_id,

@@ -4,7 +4,7 @@
 use std::{fmt::Write as _, net::SocketAddr};
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use gateway_proto::flow::{FlowProtocol, FlowReport, Outer, UnixTime};
+use gateway_proto::flow::{FlowReport, Outer, UnixTime};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -15,7 +15,7 @@ const LAST_SECOND: u64 = 253_402_300_799;
 pub fn payload(report: &FlowReport) -> Value {
     let mut payload = Map::new();
     let mut put = |name: &str, value: Value| payload.insert(name.to_owned(), value);
-    put("protocol", protocol(report.protocol).into());
+    put("protocol", report.protocol.label().into());
     put("inner_src_ip", report.src.ip().to_string().into());
     put("inner_src_port", report.src.port().into());
     put("inner_dst_ip", report.dst.ip().to_string().into());
@@ -36,14 +36,6 @@ pub fn payload(report: &FlowReport) -> Value {
         put("tx_bytes", end.tx_bytes.into());
     }
     payload.into()
-}
-
-/// `tcp` or `udp`.
-pub fn protocol(protocol: FlowProtocol) -> &'static str {
-    match protocol {
-        FlowProtocol::Tcp => "tcp",
-        FlowProtocol::Udp => "udp",
-    }
 }
 
 /// The list of ways. A source that is not known is left out, address and port together.
@@ -75,7 +67,7 @@ pub fn time(UnixTime(time): UnixTime) -> String {
 /// others of that second.
 pub fn stem(report: &FlowReport) -> String {
     let mut hash = Sha256::new();
-    hash.update(protocol(report.protocol));
+    hash.update(report.protocol.label());
     for end in [report.src, report.dst] {
         match end {
             SocketAddr::V4(end) => hash.update(end.ip().octets()),
@@ -158,7 +150,7 @@ mod tests {
         let digits = stem(&report).split_once('-').map(|(start, id)| (start.len(), id.len()));
         assert_eq!(digits, Some((10, 16)));
         let mut others = vec![report.clone(); 5];
-        others[0].protocol = FlowProtocol::Udp;
+        others[0].protocol = gateway_proto::flow::FlowProtocol::Udp;
         others[1].src.set_port(1);
         others[2].dst.set_ip("fd00::1".parse().unwrap());
         others[3].start.0 += Duration::from_nanos(1);

@@ -6,7 +6,7 @@ use std::{
 };
 
 use gateway_proto::{
-    Command,
+    ClientId, Command,
     addr::TunnelAddrs,
     control::ClientView,
     inquiry::{Answer, Inquiry, Question, Reply},
@@ -50,8 +50,28 @@ pub enum Ask {
     Overview(oneshot::Sender<Box<Overview>>),
     /// What the workers know.
     Workers(Question, oneshot::Sender<Vec<Answer>>),
-    /// By what the fast path can be switched; `None` if there is none.
-    Switcher(oneshot::Sender<Option<fast::Switcher>>),
+    /// One client, if it is asked for, and who the gateway is.
+    Client(Option<ClientId>, oneshot::Sender<Known>),
+    /// How the fast path is.
+    FastPath(oneshot::Sender<FastPathNow>),
+}
+
+/// What `why` has to know besides the workers' verdict.
+#[derive(Debug)]
+pub struct Known {
+    /// Who was asked for; `None` if nobody was, or it has gone.
+    pub client: Option<ClientView>,
+    /// The gateway's own addresses, once the portal said.
+    pub own: Option<TunnelAddrs>,
+}
+
+/// The fast path at this moment.
+#[derive(Debug)]
+pub struct FastPathNow {
+    /// How it is.
+    pub status: fast::Status,
+    /// By what it can be switched; `None` if there is none.
+    pub switcher: Option<fast::Switcher>,
 }
 
 /// Where the event loop hears of questions.
@@ -85,9 +105,14 @@ impl Asker {
         self.ask(|reply| Ask::Workers(question, reply)).await
     }
 
-    /// By what the fast path can be switched, if there is one. `None` if the event loop does not answer in time.
-    pub async fn switcher(&self) -> Option<Option<fast::Switcher>> {
-        self.ask(Ask::Switcher).await
+    /// One client, and who the gateway is. `None` if the event loop does not answer in time.
+    pub async fn client(&self, id: Option<ClientId>) -> Option<Known> {
+        self.ask(|reply| Ask::Client(id, reply)).await
+    }
+
+    /// The fast path. `None` if the event loop does not answer in time.
+    pub async fn fast_path(&self) -> Option<FastPathNow> {
+        self.ask(Ask::FastPath).await
     }
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {

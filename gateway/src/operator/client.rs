@@ -84,9 +84,14 @@ impl Client {
     /// # Errors
     /// As [`Client::ask`], or the answer lacks something.
     pub fn ask_for<T: DeserializeOwned>(&mut self, name: &str, fields: Value) -> Result<T> {
-        serde_json::from_value(self.ask(name, fields)?)
-            .context("The gateway's answer lacks something; use its own firezone-gateway")
+        read(self.ask(name, fields)?)
     }
+}
+
+/// An answer as what it must be.
+fn read<T: DeserializeOwned>(answer: Value) -> Result<T> {
+    serde_json::from_value(answer)
+        .context("The gateway's answer lacks something; use its own firezone-gateway")
 }
 
 /// What `status`, `flows`, `why`, `top` and so on do.
@@ -147,10 +152,7 @@ pub mod commands {
     fn print<T: DeserializeOwned>(as_json: bool, answer: Value, show: impl Fn(T) -> String) -> Result<()> {
         let text = match as_json {
             true => serde_json::to_string_pretty(&answer)? + "\n",
-            false => show(
-                serde_json::from_value(answer)
-                    .context("The gateway's answer lacks something; use its own firezone-gateway")?,
-            ),
+            false => show(read(answer)?),
         };
         match stdout().write_all(text.as_bytes()) {
             Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(e).context("Cannot write to standard output"),

@@ -21,8 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(6);
 /// `no_fast_path`: there is none to switch on. `not_switched`: the workers or the kernel did not follow. `busy`: the event
 /// loop is silent.
 pub async fn switch(asker: &Asker, mode: FastPathMode) -> Result<Value, Refusal> {
-    let switcher = asker.switcher().await.ok_or_else(silent)?;
-    if let Some(switcher) = &switcher {
+    let before = asker.fast_path().await.ok_or_else(silent)?;
+    if let Some(switcher) = &before.switcher {
         // `auto` is how the gateway began: in use wherever --fast-path permits.
         let switched = timeout(PATIENCE, switcher.switch(mode != FastPathMode::Off)).await;
         let switched = switched.map_err(|_| {
@@ -33,9 +33,9 @@ pub async fn switch(asker: &Asker, mode: FastPathMode) -> Result<Value, Refusal>
             Refusal::new("not_switched", format!("The fast path is off, for it did not follow: {e:#}"))
         })?;
     }
-    let overview = asker.overview().await.ok_or_else(silent)?;
-    let now = FastPath::from(&overview.fast_path);
-    if switcher.is_none() && mode == FastPathMode::On {
+    let after = asker.fast_path().await.ok_or_else(silent)?;
+    let now = FastPath::from(&after.status);
+    if after.switcher.is_none() && mode == FastPathMode::On {
         let message = format!(
             "There is no fast path to switch on: {}; start the gateway with --fast-path auto, and look at its log for \
              what the kernel lacks",

@@ -25,6 +25,6 @@ pub mod top;
 mod why;
 
 pub use self::{
-    ask::{Ask, Asks, Inquiries, MAX_CLIENTS, Overview, channel},
+    ask::{Ask, Asks, FastPathNow, Inquiries, Known, MAX_CLIENTS, Overview, channel},
     server::Server,
 };

@@ -12,7 +12,6 @@ use gateway_proto::{
     ClientId,
     command::Path,
     control::{ClientView, PathKind},
-    flow::FlowProtocol,
     inquiry::{Answer, ClientFigures, OpenFlow, PAGE, Question},
     portal::messages::{Filter, Resource, ResourceKind},
     relay::{RelayState, RelayView},
@@ -21,7 +20,7 @@ use gateway_proto::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::ask::{Asker, MAX_CLIENTS, Overview};
+use super::ask::{Asker, Overview};
 use crate::{
     data::{TUN_NAME, fast},
     dns::Count,
@@ -329,18 +328,11 @@ fn assemble(overview: &Overview, figures: Vec<ClientFigures>) -> Status {
     let figures: HashMap<_, _> = figures.into_iter().map(|figures| (figures.id, figures)).collect();
     let mut clients: Vec<_> = overview.clients.iter().collect();
     clients.sort_unstable_by_key(|client| client.id);
-    clients.truncate(MAX_CLIENTS);
     let mut relays: Vec<_> = overview.relays.iter().collect();
     relays.sort_unstable_by_key(|relay| relay.id);
-    let mut drops = BTreeMap::new();
-    for (reason, packets) in [&snapshot.worker_drops, &snapshot.control_drops, &snapshot.kernel_drops]
-        .iter()
-        .flat_map(|drops| drops.iter())
-    {
-        if packets > 0 {
-            *drops.entry(reason.label().to_owned()).or_default() += packets;
-        }
-    }
+    let mut drops = snapshot.worker_drops.clone();
+    drops.merge(&snapshot.control_drops);
+    drops.merge(&snapshot.kernel_drops);
     Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         compat_version: COMPAT_VERSION.to_owned(),
@@ -372,7 +364,7 @@ fn assemble(overview: &Overview, figures: Vec<ClientFigures>) -> Status {
             .collect(),
         capabilities_missing: overview.missing.iter().cloned().collect(),
         fast_path: FastPath::from(&overview.fast_path),
-        drops,
+        drops: drops.iter().map(|(reason, packets)| (reason.label().to_owned(), packets)).collect(),
         workers: snapshot.workers.iter().zip(&snapshot.clients_by_worker).map(worker).collect(),
         relays: relays.into_iter().map(Relay::from).collect(),
         clients_total: snapshot.status.clients,
@@ -529,11 +521,7 @@ impl From<&OpenFlow> for Flow {
         Self {
             client: flow.client.to_string(),
             resource: flow.resource.to_string(),
-            protocol: match flow.protocol {
-                FlowProtocol::Tcp => "tcp",
-                FlowProtocol::Udp => "udp",
-            }
-            .to_owned(),
+            protocol: flow.protocol.label().to_owned(),
             src: flow.src.to_string(),
             dst: flow.dst.to_string(),
             domain: flow.domain.as_ref().map(|name| name.as_str().to_owned()),

@@ -65,7 +65,10 @@ async fn start() -> (tempfile::TempDir, PathBuf) {
             match ask {
                 Ask::Overview(reply) => drop(reply.send(overview())),
                 Ask::Workers(_, reply) => drop(reply.send(Vec::new())),
-                Ask::Switcher(reply) => drop(reply.send(None)),
+                Ask::Client(_, reply) => drop(reply.send(Known { client: None, own: overview().own })),
+                Ask::FastPath(reply) => {
+                    drop(reply.send(FastPathNow { status: overview().fast_path, switcher: None }))
+                }
             }
         }
     });

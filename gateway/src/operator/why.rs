@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use gateway_common::DropReason;
 use gateway_proto::{
+    addr::TunnelAddrs,
     control::ClientView,
     inquiry::{Answer, Imagined, Question, Verdict},
     portal::messages::ResourceKind,
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    ask::{Asker, Overview},
+    ask::{Asker, Known},
     status::Granted,
 };
 
@@ -49,19 +50,15 @@ pub async fn look(asker: &Asker, packet: Imagined) -> Option<Value> {
         Answer::Why(verdict) => verdict,
         _ => None,
     });
-    let overview = asker.overview().await?;
-    serde_json::to_value(tell(&packet, verdict, &overview.clients, overview.own_addresses())).ok()
+    let Known { client, own } = asker.client(verdict.as_ref().map(|verdict| verdict.client)).await?;
+    let told = match verdict {
+        Some(verdict) => tell(&packet, verdict, client.as_ref()),
+        None => nobodys(&packet, own),
+    };
+    serde_json::to_value(told).ok()
 }
 
-impl Overview {
-    fn own_addresses(&self) -> Vec<IpAddr> {
-        self.own.map_or_else(Vec::new, |own| vec![own.v4.into(), own.v6.into()])
-    }
-}
-
-fn tell(packet: &Imagined, verdict: Option<Verdict>, clients: &[ClientView], own: Vec<IpAddr>) -> Why {
-    let Some(verdict) = verdict else { return nobodys(packet, &own) };
-    let client = clients.iter().find(|client| client.id == verdict.client);
+fn tell(packet: &Imagined, verdict: Verdict, client: Option<&ClientView>) -> Why {
     let granted = |id| {
         let resources = &client?.resources;
         let (resource, expires) = resources.iter().find(|(resource, _)| resource.id == id)?;
@@ -122,9 +119,9 @@ fn tell(packet: &Imagined, verdict: Option<Verdict>, clients: &[ClientView], own
 }
 
 /// It belongs to no client.
-fn nobodys(packet: &Imagined, own: &[IpAddr]) -> Why {
+fn nobodys(packet: &Imagined, own: Option<TunnelAddrs>) -> Why {
     let Imagined { src, dst, .. } = packet;
-    let ours = if own.contains(src) { " (the gateway's own address)" } else { "" };
+    let ours = if own.is_some_and(|own| own.contains(*src)) { " (the gateway's own address)" } else { "" };
     Why {
         verdict: "unknown".to_owned(),
         words: format!(
@@ -234,7 +231,6 @@ fn explain(reason: DropReason, near: &[Granted]) -> (String, String) {
 mod tests {
     use gateway_proto::{
         ClientId, ResourceId,
-        addr::TunnelAddrs,
         inquiry::Let,
         portal::messages::{Filter, Resource},
     };
@@ -272,7 +268,7 @@ mod tests {
         };
         let client = client();
         let verdict = Verdict { client: client.id, is_outbound: true, has_session, domain: None, outcome };
-        tell(&packet, Some(verdict), &[client], Vec::new())
+        tell(&packet, verdict, Some(&client))
     }
 
     #[test]

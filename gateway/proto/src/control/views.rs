@@ -1,7 +1,7 @@
 //! Clients and relays as an operator wants to see them. It changes nothing; it looks at everything, so: not for each
 //! packet.
 
-use super::{Control, PathKind};
+use super::{Client, Control, PathKind};
 use crate::{
     addr::TunnelAddrs,
     command::Path,
@@ -36,17 +36,26 @@ impl Control {
     /// At most so many clients, in no order.
     #[must_use]
     pub fn client_views(&self, most: usize) -> Vec<ClientView> {
-        let view = |(id, client): (&ClientId, &super::Client)| ClientView {
-            id: *id,
+        self.clients.iter().take(most).map(|(id, client)| self.view_of(*id, client)).collect()
+    }
+
+    /// One client; `None` if nobody knows it.
+    #[must_use]
+    pub fn client_view(&self, id: ClientId) -> Option<ClientView> {
+        self.clients.get(&id).map(|client| self.view_of(id, client))
+    }
+
+    fn view_of(&self, id: ClientId, client: &Client) -> ClientView {
+        ClientView {
+            id,
             tunnel: client.tunnel,
-            worker: self.placement.home(*id),
+            worker: self.placement.home(id),
             has_connection: client.connection.is_some(),
             kind: client.connection.as_ref().and_then(|connection| connection.path_kind()),
             path: client.path,
             resources: client.authorizations.with_expiry().map(|(r, until)| (r.clone(), until)).collect(),
             names: client.names.known().cloned().collect(),
-        };
-        self.clients.iter().take(most).map(view).collect()
+        }
     }
 
     /// Every relay that the portal gave us.
